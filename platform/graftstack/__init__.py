@@ -1,0 +1,14 @@
+"""graftstack grafts a new head onto a pretrained backbone, on one machine or on a Ray cluster.
+
+A map of the package, from the ground up; imports point down only, and importing this loads neither torch nor ray.
+
+- `errors`, `seeding`, `storage`: what everything else stands on
+- `config`: YAML and overrides become one typed, validated dataclass, once, at the edge
+- `runtime`, `checkpoint`, `runs`: what a training loop sees of a cluster; durable state; the run folder
+- `data`, `backbones`: Arrow tables to image batches; models as ordered layer groups
+- `finetune`: the recipes and the training loop, free of Ray
+- `cluster`: Ray, and how each job is launched on it
+- `report`, `cli`: what a person sees
+"""
+
+__version__ = "0.1.0"

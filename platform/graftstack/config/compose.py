@@ -1,0 +1,164 @@
+"""YAML and overrides become one typed, validated dataclass; this module alone knows Hydra and OmegaConf."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from graftstack.config.jobs import JOBS
+from graftstack.config.paths import conf_dir
+from graftstack.config.schema import FinetuneConfig
+from graftstack.errors import ConfigError, did_you_mean
+
+# `group=NAME` picks conf/group/NAME.yaml; where there is no such file, these groups take it as a value of that key.
+_SHORT_FOR = {"backbone": "backbone.name"}
+
+# Text that is one quoted string arrives without its quotes, as in Hydra: `name="null"` is a name.
+_IN_QUOTES = re.compile(r"""\A(['"])((?:(?!\1).)*)\1\Z""", flags=re.DOTALL)
+
+
+def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
+    """Returns the validated configuration of `job` with the user's ``key=value`` overrides.
+
+    Raises:
+        ConfigError: an unknown key or group, a value of the wrong type or out of range; one line.
+    """
+    config_type = JOBS[job]
+    last_wins = _last_of_each_key(overrides)
+    _check_keys(config_type, last_wins)
+    ConfigStore.instance().store(name=f"{job}_schema", node=_schema(config_type))
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            tree = compose(job, [_hydra_override(config_type, override) for override in last_wins])
+        config = OmegaConf.to_object(tree)
+    except ConfigError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(_syntax_error(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error, last_wins)) from error
+    assert isinstance(config, config_type)
+    return config
+
+
+def choices(group: str) -> list[str]:
+    """Returns the names of the files of a configuration group."""
+    return sorted(path.relative_to(conf_dir() / group).with_suffix("").as_posix() for path in _yaml_files(group))
+
+
+def _schema(config_type: type) -> DictConfig:
+    """Returns the typed tree that YAML is merged into; OmegaConf makes frozen dataclasses read-only until then."""
+    tree: DictConfig = OmegaConf.structured(config_type)
+    _thaw(tree)
+    return tree
+
+
+def _thaw(tree: DictConfig) -> None:
+    OmegaConf.set_readonly(tree, False)  # noqa: FBT003
+    for key in tree:
+        if isinstance(child := tree._get_node(key), DictConfig):  # noqa: SLF001
+            _thaw(child)
+
+
+def _yaml_files(group: str) -> Iterable[Path]:
+    return (conf_dir() / group).rglob("*.yaml")
+
+
+def _groups() -> list[str]:
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
+    """A key given twice means its last value, as everywhere on a command line."""
+    for override in overrides:
+        if not re.fullmatch(r"[\w.]+=.*", override, flags=re.DOTALL):
+            raise ConfigError(f"{override}: not an override; write key=value")
+    by_key: dict[str, str] = {}
+    for override in overrides:
+        key = _key_of(override)
+        for same in (key, _SHORT_FOR.get(key)):
+            by_key.pop(same or key, None)
+        by_key[key] = override
+    return list(by_key.values())
+
+
+def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> None:
+    known = {*_keys(config_type), *_groups()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in known:
+            raise ConfigError(f"{key}={value}: unknown key; {did_you_mean(key, known)}")
+        if key in _groups() and key not in _SHORT_FOR and value not in choices(key):
+            raise ConfigError(f"{key}={value}: unknown choice; {did_you_mean(value, choices(key))}")
+
+
+def _keys(config_type: type, prefix: str = "") -> dict[str, Any]:
+    """Returns every key and the type of its value, sections expanded."""
+    found: dict[str, Any] = {}
+    for item in fields(config_type):
+        is_section = isinstance(item.type, type) and is_dataclass(item.type)
+        found |= _keys(item.type, f"{prefix}{item.name}.") if is_section else {f"{prefix}{item.name}": item.type}  # type: ignore[arg-type]
+    return found
+
+
+def _hydra_override(config_type: type[FinetuneConfig], override: str) -> str:
+    """Turns a short form into the key it stands for, and quotes text, which Hydra's grammar would otherwise read."""
+    key, _, value = override.partition("=")
+    if key in _SHORT_FOR and value not in choices(key):
+        key = _SHORT_FOR[key]
+    kind = str(_keys(config_type).get(key, ""))
+    if "str" in kind and not _is_literal(value, kind):
+        value = _quoted(_IN_QUOTES.sub(r"\2", value))
+    try:
+        OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        raise ConfigError(f"{override}: the value can't be read; close its brackets, or put it in quotes") from error
+    return f"{key}={value}"
+
+
+def _is_literal(value: str, kind: str) -> bool:
+    """Whether a value of a text key is not text: null, a list, or a number where the key takes numbers too."""
+    is_list = "list" in kind and value.startswith("[")
+    is_number = "int" in kind and re.fullmatch(r"-?[0-9]+", value) is not None
+    return value == "null" or is_list or is_number
+
+
+def _quoted(text: str) -> str:
+    """Returns `text` such that OmegaConf finds no interpolation in it, and Hydra nothing but one string."""
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
+    escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
+    return f"'{escaped}'"
+
+
+def _syntax_error(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark
+    where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
+    return f"{where}not YAML ({error.problem}); correct the file"
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
+    """Makes one line of a Hydra or OmegaConf error: the file, the key, the value and what is allowed."""
+    file = re.match(r"In '([^']+)'", str(error))
+    where = f"conf/{file[1]}.yaml: " if file else ""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    full_key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    given = next((override for override in overrides if _key_of(override) == full_key), full_key)
+    problem = lines[0].rstrip(".:") if lines else type(error).__name__
+    subject = f"{given}: " if given else ""
+    return f"{where}{subject}{problem[0].lower() + problem[1:]}; see --help for what the key takes"

@@ -1,0 +1,53 @@
+"""The explanation of every key, read from the docstrings under the fields of the configuration."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, NamedTuple
+
+
+class KeyDoc(NamedTuple):
+    """One configuration key: its name, its default as it would be typed, and what it means."""
+
+    key: str
+    default: str
+    text: str
+
+
+def key_docs(config_type: type, prefix: str = "") -> Iterator[KeyDoc]:
+    """Yields every key of a configuration dataclass, sections expanded, in the order of definition."""
+    texts = _field_texts(config_type)
+    for item in fields(config_type):
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            yield from key_docs(item.type, f"{prefix}{item.name}.")
+            continue
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        yield KeyDoc(f"{prefix}{item.name}", _typed(default), texts[item.name])
+
+
+@cache
+def _field_texts(config_type: type) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for base in reversed(config_type.__mro__):
+        if not is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                assert isinstance(statement.target, ast.Name)
+                assert isinstance(following.value, ast.Constant)
+                texts[statement.target.id] = str(following.value.value)
+    return texts
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,8 @@
+"""The jobs there are, and the dataclass that configures each."""
+
+from graftstack.config.schema import FinetuneConfig, PretrainConfig
+
+JOBS: dict[str, type[FinetuneConfig]] = {
+    "finetune": FinetuneConfig,
+    "pretrain": PretrainConfig,
+}

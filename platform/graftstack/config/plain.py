@@ -1,0 +1,24 @@
+"""A configuration as plain values, for JSON and YAML."""
+
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+import yaml
+
+
+def to_plain(config: object) -> Any:
+    """Returns a configuration as plain dictionaries, lists and scalars, as written to JSON and YAML."""
+    if is_dataclass(config):
+        return {item.name: to_plain(getattr(config, item.name)) for item in fields(config)}
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, list):
+        return [to_plain(item) for item in config]
+    return config
+
+
+def to_yaml(config: object) -> str:
+    """Returns a configuration as YAML."""
+    text: str = yaml.safe_dump(to_plain(config), sort_keys=False)
+    return text

@@ -1,0 +1,54 @@
+"""The exceptions that graftstack raises for its user.
+
+Every message is one line that names the rule, the value and the remedy, e.g.
+``freeze_depth=9: resnet18 has 6 layer groups; use 0..6 or "all"``.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraftstackError(Exception):
+    """Base of all errors meant for the user; `exit_status` is what the command line ends with."""
+
+    exit_status = 1
+
+
+class BadInputError(GraftstackError):
+    """What the user gave can't be used; nothing was started and nothing was written."""
+
+    exit_status = 2
+
+
+class ConfigError(BadInputError):
+    """A key or value of the configuration breaks a rule."""
+
+
+class DataError(BadInputError):
+    """The data can't be read or can't be learnt from."""
+
+
+class WeightsError(BadInputError):
+    """A weights file or name doesn't fit the backbone, or can't be trusted."""
+
+
+class RunError(BadInputError):
+    """A run folder is missing, in use, or can't be written."""
+
+
+class TrainingError(GraftstackError):
+    """Training started and failed, e.g. the loss became NaN."""
+
+
+class StorageFullError(GraftstackError):
+    """Writing failed half-way; what was there before is untouched."""
+
+
+def did_you_mean(value: str, known: Iterable[str], *, num: int = 3) -> str:
+    """Returns ``did you mean a, b?`` with the nearest of `known`, or ``known: ...`` when none is near."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(value, names, n=num, cutoff=0.5)
+    if near:
+        return f"did you mean {', '.join(near)}?"
+    shown = ", ".join(names[:12])
+    return f"known: {shown}{', …' if len(names) > 12 else ''}"

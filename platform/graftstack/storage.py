@@ -1,0 +1,149 @@
+"""Folders at a local path or an fsspec URI, in which a file is either whole or not there."""
+
+import errno
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from graftstack.errors import RunError, StorageFullError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
+
+
+def is_uri(location: str) -> bool:
+    """Returns whether `location` names a remote file system (``s3://bucket/runs``)."""
+    return "://" in location
+
+
+class Folder:
+    """A folder whose files are written atomically; it pickles as its location.
+
+    Locally a file is written beside its final name, flushed to the disk and renamed. An object store shows an object
+    only once it has arrived whole, so there a file is made locally first and then uploaded.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        text = str(location)
+        self.location = text.rstrip("/") if is_uri(text) else str(Path(text).expanduser().absolute())
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(self.path(name))
+
+    def __repr__(self) -> str:
+        return f"Folder({self.location!r})"
+
+    @property
+    def name(self) -> str:
+        """The last part of the location."""
+        return PurePosixPath(self.location).name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder lies on this machine's file system."""
+        return not is_uri(self.location)
+
+    def path(self, name: str) -> str:
+        """Returns the location of a file of this folder."""
+        return f"{self.location}/{name}"
+
+    def make(self, *, exist_ok: bool = True) -> None:
+        """Creates the folder and its parents. Raises `RunError` where that is refused or, if asked, it exists."""
+        if not self.is_local:
+            return
+        try:
+            Path(self.location).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            raise _explained(error, self.location) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts `data` into the file `name`, replacing what was there. Raises `StorageFullError`, `RunError`."""
+        self.write_with(name, lambda path: _write_bytes(path, data))
+
+    def write_with(self, name: str, writer: Callable[[Path], Any]) -> None:
+        """Lets `writer` make a local file, then puts it into place as `name`, whole or not at all."""
+        if self.is_local:
+            self.make()
+            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}.tmp"
+        else:
+            temporary = Path(tempfile.gettempdir()) / f"graftstack-{uuid.uuid4().hex}.tmp"
+        try:
+            writer(temporary)
+            if self.is_local:
+                _flush(temporary)
+                temporary.replace(self.path(name))
+                _flush(Path(self.location))
+            else:
+                self._remote().put_file(str(temporary), self.path(name))
+        except OSError as error:
+            raise _explained(error, self.path(name)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read(self, name: str) -> bytes:
+        """Returns the content of the file `name`. Raises `FileNotFoundError`."""
+        if self.is_local:
+            return Path(self.path(name)).read_bytes()
+        content: bytes = self._remote().cat_file(self.path(name))
+        return content
+
+    def exists(self, name: str = "") -> bool:
+        """Returns whether the file or folder `name`, or the folder itself, is there."""
+        target = self.path(name) if name else self.location
+        return Path(target).exists() if self.is_local else bool(self._remote().exists(target))
+
+    def names(self) -> list[str]:
+        """Returns the sorted names of what the folder holds; of a folder that isn't there, none."""
+        if self.is_local:
+            root = Path(self.location)
+            found = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+        else:
+            remote = self._remote()
+            remote.invalidate_cache()
+            try:
+                found = [PurePosixPath(entry).name for entry in remote.ls(self.location, detail=False)]
+            except FileNotFoundError:
+                found = []
+        return sorted(name for name in found if not name.startswith("."))
+
+    def remove(self, name: str) -> None:
+        """Removes the file `name` if it is there."""
+        if self.is_local:
+            Path(self.path(name)).unlink(missing_ok=True)
+        elif self.exists(name):
+            self._remote().rm_file(self.path(name))
+
+    def _remote(self) -> Any:
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self.location)[0]
+        except (ImportError, ValueError) as error:
+            raise RunError(
+                f"{self.location}: can't be reached ({error}); install its package, or use a path"
+            ) from error
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, location: str) -> Exception:
+    if error.errno in _FULL:
+        return StorageFullError(f"{location}: no space left; free some, then run again with resume=true")
+    if error.errno in _REFUSED:
+        return RunError(f"{location}: can't be written ({error.strerror}); choose another runs_dir")
+    if error.errno == errno.EEXIST:
+        return RunError(f"{location}: exists already; choose another name")
+    return error

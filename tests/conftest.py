@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data and weights, for tests marked `realdata`."""
+    folder = Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"{folder}: no real data there; set GRAFTSTACK_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps decoded images out of the user's own cache."""
+    os.environ["GRAFTSTACK_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
