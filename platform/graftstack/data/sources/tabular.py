@@ -1,0 +1,146 @@
+"""What parquet and csv share: files become one Arrow table, and its columns get the names that `sources` promises."""
+
+import posixpath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
+
+from graftstack.config.schema import DataConfig
+from graftstack.data.labels import class_column
+from graftstack.data.location import Location, locate
+from graftstack.data.reason import reason
+from graftstack.errors import DataError, did_you_mean
+
+_FILE = "__filename"  # pyarrow's name for the column that says which file a row comes from
+_NAMES = frozenset({"row_id", "image", "path", "version", "label", "split", "group"})
+
+
+def read_files(config: DataConfig, file_format: Any, suffix: str) -> pa.Table:
+    """Returns the rows of a file, or of all files with `suffix` below a folder in the order of their names.
+
+    Raises:
+        DataError: a file isn't in the format, a column is missing, or its type can't serve.
+    """
+    location = locate(str(config.path))
+    dataset = _open(config, location, file_format, suffix)
+    columns = _columns(config, dataset.schema.names)
+    try:
+        table = dataset.to_table(columns=[*columns, _FILE])
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(config, error) from error
+    return _normalise(config, table, location).replace_schema_metadata({"columns": "\n".join(dataset.schema.names)})
+
+
+def missing_column(key: str, name: str, known: list[str]) -> DataError:
+    """Returns the error for a column that isn't there."""
+    hint = did_you_mean(name, known)
+    listed = "" if hint.startswith("known") else f" ({did_you_mean('', known)})"
+    return DataError(f"{key}={name}: no such column; {hint}{listed}")
+
+
+def _open(config: DataConfig, location: Location, file_format: Any, suffix: str) -> Any:
+    if location.is_file:
+        files = [location.path]
+    else:
+        files = [location.full(path) for path in location.find(frozenset({suffix}))]
+    if not files:
+        raise DataError(f"data.path={config.path}: the folder holds no {suffix} files; add some, or name one file")
+    is_local = "file" in np.atleast_1d(location.fs.protocol)
+    filesystem = LocalFileSystem() if is_local else PyFileSystem(FSSpecHandler(location.fs))
+    try:
+        return ds.dataset(files, format=file_format, filesystem=filesystem)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(config, error) from error
+
+
+def _columns(config: DataConfig, known: list[str]) -> list[str]:
+    """Returns the columns to read: those that keys name; the label only if it is there."""
+    wanted = {"data.image": config.image, "data.split": config.split, "data.group": config.group}
+    named = [(key, name) for key, name in wanted.items() if name is not None]
+    if config.label in known:
+        named.append(("data.label", config.label))
+    for key, name in named:
+        if name in config.drop:
+            raise DataError(f"data.drop={name}: {key} uses this column; take it out of one of them")
+    named += [("data.features", name) for name in config.features if name not in config.drop]
+    for key, name in [*named, *(("data.drop", name) for name in config.drop)]:
+        if name not in known:
+            raise missing_column(key, name, known)
+    return list(dict.fromkeys(name for _, name in named))
+
+
+def _normalise(config: DataConfig, table: pa.Table, location: Location) -> pa.Table:
+    columns: dict[str, Any] = {"row_id": pa.array(np.arange(table.num_rows))}
+    if config.image is not None:
+        columns |= _images(config, table, location)
+    if config.label in table.column_names:
+        columns["label"] = class_column(table[config.label], f"data.label={config.label}")
+    if config.split is not None:
+        columns["split"] = class_column(table[config.split], f"data.split={config.split}")
+    if config.group is not None:
+        columns["group"] = class_column(table[config.group], f"data.group={config.group}")
+    for name in config.features:
+        if name in config.drop:
+            continue
+        if name in _NAMES:
+            raise DataError(f"data.features={name}: the name is taken for another use; rename the column")
+        columns[name] = table[name]
+    return pa.table(columns)
+
+
+def _images(config: DataConfig, table: pa.Table, location: Location) -> dict[str, Any]:
+    column = table[config.image]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_struct(kind):  # as the `datasets` library of Hugging Face stores images
+        fields = {field.name: pc.struct_field(column, field.name) for field in kind}
+        content, paths = fields.get("bytes"), fields.get("path")
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        content, paths = None, column
+    else:
+        content, paths = column, None
+    images: dict[str, Any] = {}
+    if content is not None and content.null_count < len(content):
+        if not _holds_bytes(content.type):
+            raise DataError(
+                f"data.image={config.image}: values of type {content.type} aren't images; "
+                "use a column of encoded images (bytes), or of paths to them"
+            )
+        images["image"] = content
+    # Where the bytes are there, a path beside them is but a name; it need not exist.
+    if paths is not None and (content is None or content.null_count):
+        images["path"] = _relative_paths(paths.cast(pa.string()), table[_FILE], location)
+        images["version"] = pa.array(location.versions([path or "" for path in images["path"].to_pylist()]))
+    return images or {"image": pa.nulls(table.num_rows, pa.binary())}
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def _relative_paths(paths: pa.ChunkedArray, files: pa.ChunkedArray, location: Location) -> pa.Array:
+    """Paths are relative to the file that holds them; from here on, to the folder of `data.path`."""
+    folders = {file: posixpath.dirname(location.relative(file)) for file in pc.unique(files).to_pylist()}
+    return pa.array(
+        [
+            path if path is None or "://" in path else posixpath.join(folders[file], path)
+            for path, file in zip(paths.to_pylist(), files.to_pylist(), strict=True)
+        ],
+        pa.string(),
+    )
+
+
+def _unreadable(config: DataConfig, error: Exception) -> DataError:
+    return DataError(
+        f"data.path={config.path}: can't be read as {config.source.value}: {reason(error)}; check the file, or data=..."
+    )
