@@ -1,0 +1,74 @@
+"""The model that a run leaves: ``model.safetensors`` and ``model.json``; nothing in it is a pickle.
+
+Tensor names are ``backbone.NAME`` and ``head.NAME``, where NAME is what the backbone's own library calls it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graftstack.backbones.preprocessing import Preprocessing
+from graftstack.backbones.registry import build
+from graftstack.errors import WeightsError
+from graftstack.finetune.model import GraftedModel, graft
+from graftstack.storage import Folder
+
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is needed to build the model again and to feed it."""
+
+    backbone: str
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    freeze_depth: int
+    keeps_head: bool
+    """Whether the head is the backbone's own, or a new linear layer."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are brought into the form that the model takes."""
+        return Preprocessing(self.image_size, self.mean, self.std)
+
+
+def save_model(folder: Folder, model: GraftedModel, card: ModelCard) -> None:
+    """Writes the weights, then the card, so that a folder with a card is whole."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.named_state().items()}
+    folder.write(WEIGHTS, save(tensors))
+    folder.write(CARD, json.dumps(asdict(card), indent=2).encode())
+
+
+def read_card(folder: Folder) -> ModelCard:
+    """Returns the card of a model folder. Raises `WeightsError`."""
+    try:
+        values = json.loads(folder.read(CARD), object_hook=_with_tuples)
+        return ModelCard(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder.location}: holds no readable {CARD}; give the folder of a finished run") from error
+
+
+def load_model(folder: Folder) -> tuple[GraftedModel, ModelCard]:
+    """Returns the model of a run, in eval mode on the CPU, and its card. Raises `WeightsError`."""
+    from safetensors.torch import load
+
+    card = read_card(folder)
+    num_classes = len(card.class_names)
+    own_classes = num_classes if card.keeps_head else None
+    backbone = build(card.backbone, num_classes=own_classes, image_size=card.image_size)
+    model = graft(backbone, num_classes=num_classes, keep_head=card.keeps_head, seed=0)
+    try:
+        model.load_named_state(load(folder.read(WEIGHTS)))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder.path(WEIGHTS)}: can't be loaded ({error}); train the run again") from error
+    return model.eval(), card
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,77 @@
+"""Optimisers with discriminative learning rates: each layer group, and the head, has its own."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftstack.config.schema import OptimizerConfig, OptimizerName
+from graftstack.finetune.model import GraftedModel
+
+
+def adamw(groups: list[dict[str, Any]], _config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019)."""
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum."""
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+OPTIMIZERS: dict[OptimizerName, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
+    OptimizerName.adamw: adamw,
+    OptimizerName.sgd: sgd,
+}
+
+
+def build_optimizer(model: GraftedModel, config: OptimizerConfig, *, freeze_depth: int) -> torch.optim.Optimizer:
+    """Returns an optimiser over all that ever trains: the groups above `freeze_depth`, and the head.
+
+    While a recipe keeps one of these frozen it has no gradient, so that the optimiser leaves it, and its weight decay
+    and momentum, alone. Each parameter group holds its `peak_lr`; `set_lr` moves `lr`.
+    """
+    backbone = model.backbone
+    param_groups: list[dict[str, Any]] = []
+    for index in range(freeze_depth, model.head_boundary):
+        peak_lr = config.lr * config.layer_decay ** (backbone.num_groups - 1 - index)
+        param_groups += _with_and_without_decay(
+            (parameter for _, parameter in backbone.group_parameters(index)), peak_lr, config
+        )
+    head_groups = _with_and_without_decay(model.head.parameters(), config.lr, config)
+    param_groups += [{**group, "is_head": True} for group in head_groups]
+    return OPTIMIZERS[config.name](param_groups, config)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: float) -> None:
+    """Sets each group's learning rate to `factor` of its peak, and the head's to `head_multiplier` times that."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor * (head_multiplier if group["is_head"] else 1.0)
+
+
+def head_multiplier(config: OptimizerConfig, *, trains_alone: bool) -> float:
+    """Returns how much faster than the last layer group the head learns.
+
+    A new head starts from nothing and so may move faster than what is pretrained. On frozen features it is a convex
+    problem, which bears, and to converge in a few epochs needs, a far higher rate.
+    """
+    if config.head_lr_multiplier is not None:
+        return config.head_lr_multiplier
+    return 100.0 if trains_alone else 10.0
+
+
+def _with_and_without_decay(
+    parameters: Iterable[nn.Parameter], peak_lr: float, config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Biases and the scales of norms, all vectors, are not decayed: pulling a scale to 0 switches channels off."""
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    common = {"lr": peak_lr, "peak_lr": peak_lr, "is_head": False}
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, **common},
+        {"params": vectors, "weight_decay": 0.0, **common},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,104 @@
+"""Predicting and evaluating with the model of a finished run."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from graftstack.config.schema import DataConfig, OnBadImage, Source
+from graftstack.data.load import ImageData, load_images
+from graftstack.errors import BadInputError, DataError
+from graftstack.finetune.artifact import load_model
+from graftstack.finetune.inference import predict_logits
+from graftstack.finetune.metrics import classification_metrics
+from graftstack.finetune.predictions import parquet_bytes, prediction_table
+from graftstack.runs import Run
+from graftstack.runtime import LocalWorker
+from graftstack.storage import Folder
+
+_SOURCE_OF_SUFFIX = {".parquet": Source.parquet, ".pq": Source.parquet, ".csv": Source.csv}
+
+
+def data_of_run(run: Run) -> DataConfig:
+    """Returns the data configuration that a run was trained with."""
+    stored: dict[str, Any] = run.manifest.config["data"]
+    values = {item.name: stored[item.name] for item in fields(DataConfig) if item.name in stored}
+    return DataConfig(
+        **{**values, "source": Source(stored["source"]), "on_bad_image": OnBadImage(stored["on_bad_image"])}
+    )
+
+
+def data_at(location: str, like: DataConfig) -> DataConfig:
+    """Returns the data at `location`, read as the run's own data were where that applies.
+
+    `location` is a Parquet or CSV file, a folder of images, or `digits`; a folder is one of Parquet files if the run
+    learnt from such.
+    """
+    if location == Source.digits.value:
+        return DataConfig(source=Source.digits, classes=like.classes if like.source is Source.digits else [])
+    source = _SOURCE_OF_SUFFIX.get(PurePosixPath(location).suffix.lower(), Source.image_folder)
+    if source is Source.image_folder and like.source is Source.parquet:
+        source = Source.parquet
+    if source is like.source:
+        return replace(like, path=location, num_train_per_class=None)
+    if source is Source.image_folder:
+        return DataConfig(source=source, path=location, cache_dir=like.cache_dir, on_bad_image=like.on_bad_image)
+    return DataConfig(source=source, path=location, image=like.image or "image", label=like.label)
+
+
+def predict(run: Run, data: DataConfig, *, progress: Callable[[int, int], None] | None = None) -> pa.Table:
+    """Returns a prediction for every row of `data`, as `predictions.prediction_table`; labels are optional.
+
+    Raises:
+        BadInputError: the run has no model, or the data can't be read.
+    """
+    model, card = load_model(Folder(run.artifact("model")))
+    images = load_images(
+        data,
+        image_size=card.image_size,
+        seed=0,
+        class_names=card.class_names,
+        require_labels=False,
+        progress=progress,
+    )
+    rows = np.arange(len(images))
+    return prediction_table(predict_logits(model, images, rows, card.preprocessing, LocalWorker()), images, rows)
+
+
+def evaluate(
+    run: Run, data: DataConfig, *, part: str, progress: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """Returns the metrics of a run's model on the train, val or test part of labelled data, or on all; and `num_rows`.
+
+    Raises:
+        BadInputError: the run has no model, the data can't be read, or the part is empty.
+    """
+    model, card = load_model(Folder(run.artifact("model")))
+    seed = run.manifest.config["seed"]
+    images = load_images(data, image_size=card.image_size, seed=seed, class_names=card.class_names, progress=progress)
+    rows = _rows_of(images, part)
+    logits = predict_logits(model, images, rows, card.preprocessing, LocalWorker())
+    return classification_metrics(logits, torch.from_numpy(images.labels[rows])) | {"num_rows": len(rows)}
+
+
+def check_out(out: str) -> None:
+    """Raises `BadInputError` if predictions can't be written there; to be asked before they are computed."""
+    if not out.endswith(".parquet"):
+        raise BadInputError(f"--out {out}: predictions are written as Parquet; end the name with .parquet")
+
+
+def write_predictions(table: pa.Table, out: str) -> None:
+    """Writes the Parquet file `out`, a path or URI, whole or not at all."""
+    parent, _, name = out.rpartition("/")
+    Folder(parent or ".").write(name, parquet_bytes(table))
+
+
+def _rows_of(images: ImageData, part: str) -> np.ndarray:
+    rows = np.arange(len(images)) if part == "all" else getattr(images.splits, part)
+    if not len(rows):
+        raise DataError(f"--split {part}: holds no rows; use train, val, test or all")
+    return np.asarray(rows)

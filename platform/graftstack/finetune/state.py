@@ -1,0 +1,62 @@
+"""The state of a training as tensors and plain values, and back: what a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graftstack.checkpoint import Checkpoint
+from graftstack.finetune.model import GraftedModel
+
+
+class Position(NamedTuple):
+    """Where a training stands; with the tensors, all that the next step depends on."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    history: tuple[dict[str, float], ...] = ()
+    """One row of metrics for each finished epoch."""
+    best_epoch: int = 0
+    """The epoch, counted from 1, with the best validation accuracy so far; 0: none yet."""
+    loss_sum: float = 0.0
+    """Sum of the training losses of the steps of the current epoch."""
+
+    @property
+    def best_accuracy(self) -> float:
+        """The validation accuracy of the best epoch, or -1."""
+        return self.history[self.best_epoch - 1]["accuracy"] if self.best_epoch else -1.0
+
+
+def pack(position: Position, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    """Returns everything that the next step depends on. The tensors are the live ones, not copies."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.named_state().items()}
+    scalars: dict[str, float] = {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{slot}"] = value
+            elif value is not None:
+                scalars[f"{index}/{slot}"] = value
+    return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars})
+
+
+def unpack(checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Position:
+    """Puts a checkpoint's state into `model` and `optimizer` and returns where it stands."""
+    model.load_named_state(
+        {
+            name.removeprefix("model/"): tensor
+            for name, tensor in checkpoint.tensors.items()
+            if name.startswith("model/")
+        }
+    )
+    slots: dict[int, dict[str, Any]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, slot = name.split("/")
+            slots.setdefault(int(index), {})[slot] = tensor
+    for name, value in checkpoint.meta["optimizer"].items():
+        index, slot = name.split("/")
+        slots.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    position = checkpoint.meta["position"]
+    return Position(**{**position, "history": tuple(position["history"])})

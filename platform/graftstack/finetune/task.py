@@ -1,0 +1,169 @@
+"""From a configuration to everything a training needs, checked before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from graftstack.backbones.backbone import Backbone, resolve_depth
+from graftstack.backbones.catalog import default_image_size, require_known
+from graftstack.backbones.preprocessing import Preprocessing, preprocessing_of
+from graftstack.backbones.registry import build
+from graftstack.backbones.weights import load_weights
+from graftstack.config.schema import ClassWeights, FinetuneConfig
+from graftstack.data.load import ImageData, load_images
+from graftstack.data.table import read_table
+from graftstack.errors import ConfigError, DataError, WeightsError
+from graftstack.finetune.artifact import WEIGHTS, ModelCard, read_card
+from graftstack.finetune.batches import steps_per_epoch
+from graftstack.finetune.metrics import balanced_weights
+from graftstack.finetune.model import GraftedModel, graft
+from graftstack.finetune.phases import Phase, phases
+from graftstack.runs import find_run
+from graftstack.seeding import derive_seed
+from graftstack.storage import Folder
+
+_RUN_PREFIX = "run:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A validated training: data, model and the phases of its recipe."""
+
+    config: FinetuneConfig
+    data: ImageData
+    model: GraftedModel
+    preprocessing: Preprocessing
+    freeze_depth: int
+    weights_used: str
+    """Where the initial weights came from, for people."""
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return steps_per_epoch(self.config, len(self.data.splits.train))
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return self.steps_per_epoch * self.config.epochs
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the recipe, over all steps."""
+        return phases(self.config.recipe, num_steps=self.num_steps, depths=self._depths)
+
+    @cached_property
+    def class_weights(self) -> Tensor:
+        """The weight of each class in the loss, fp32 [num_classes]."""
+        num_classes = len(self.data.class_names)
+        if self.config.class_weights is ClassWeights.none:
+            return torch.ones(num_classes)
+        return balanced_weights(torch.from_numpy(self.data.labels[self.data.splits.train]), num_classes)
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """What the run's artifact says of the model."""
+        return ModelCard(
+            backbone=self.config.backbone.name,
+            class_names=self.data.class_names,
+            image_size=self.preprocessing.image_size,
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
+            freeze_depth=self.freeze_depth,
+            keeps_head=self.config.backbone.keep_head,
+        )
+
+    @property
+    def _depths(self) -> list[int]:
+        """Freeze depths from all groups to the wanted one, without those that would thaw a group with no parameters."""
+        backbone = self.model.backbone
+        thawed = [index for index in range(self.freeze_depth, backbone.num_groups) if backbone.group_parameters(index)]
+        return [backbone.num_groups, *sorted(set(thawed) - {self.freeze_depth}, reverse=True), self.freeze_depth]
+
+
+def prepare(config: FinetuneConfig, *, progress: Callable[[int, int], None] | None = None) -> Task:
+    """Reads the data, builds the model and checks that they fit together. Writes only to the image cache.
+
+    Raises:
+        ConfigError, DataError, WeightsError: what the user gave can't be trained; one line with the remedy.
+    """
+    require_known(config.backbone.name)
+    preprocessing = _preprocessing(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "backbone"))
+        backbone = build(config.backbone.name, num_classes=_head_size(config), image_size=preprocessing.image_size)
+    freeze_depth = resolve_depth(config.freeze_depth, backbone)
+    weights_used = _load_weights(config, backbone)
+    if config.data.features and config.data.image is None:
+        raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
+    data = load_images(config.data, image_size=preprocessing.image_size, seed=config.seed, progress=progress)
+    _check_sizes(config, data, backbone)
+    model = graft(backbone, num_classes=len(data.class_names), keep_head=config.backbone.keep_head, seed=config.seed)
+    return Task(
+        config=config,
+        data=data,
+        model=model,
+        preprocessing=preprocessing,
+        freeze_depth=freeze_depth,
+        weights_used=weights_used,
+    )
+
+
+def _head_size(config: FinetuneConfig) -> int | None:
+    """Outputs of the backbone's own head: one for each class if it is kept, else as the family has it."""
+    return len(read_table(config.data).class_names) if config.backbone.keep_head else None
+
+
+def _model_of_run(config: FinetuneConfig) -> Folder | None:
+    """Returns the model folder that ``backbone.weights=run:RUN`` names, or None for other weights."""
+    if not config.backbone.weights.startswith(_RUN_PREFIX):
+        return None
+    run = find_run(config.backbone.weights.removeprefix(_RUN_PREFIX), config.runs_dir)
+    return Folder(run.artifact("model"))
+
+
+def _preprocessing(config: FinetuneConfig) -> Preprocessing:
+    """Images as the weights know them, in the size that the configuration asks for, if it asks."""
+    if folder := _model_of_run(config):
+        wanted = read_card(folder).preprocessing
+    else:
+        wanted = preprocessing_of(config.backbone.name, config.backbone.weights)
+    size = config.data.image_size
+    return wanted if size is None else wanted._replace(image_size=size)
+
+
+def _load_weights(config: FinetuneConfig, backbone: Backbone) -> str:
+    """Loads the configured weights and returns where they came from, for people."""
+    weights, keep_head = config.backbone.weights, config.backbone.keep_head
+    folder = _model_of_run(config)
+    if folder is None:
+        return load_weights(backbone, weights, keep_head=keep_head).description
+    card = read_card(folder)
+    if keep_head:
+        raise ConfigError(f"backbone.keep_head=true: {weights} brings no head of the backbone's own; leave it out")
+    if card.backbone != backbone.name:
+        raise WeightsError(f"backbone={backbone.name}: {weights} holds a {card.backbone}; add backbone={card.backbone}")
+    load_weights(backbone, folder.path(WEIGHTS))
+    return f"{weights} ({card.backbone} trained on {len(card.class_names)} classes)"
+
+
+def _check_sizes(config: FinetuneConfig, data: ImageData, backbone: Backbone) -> None:
+    num_train = len(data.splits.train)
+    per_step = config.batch_size * config.accumulate
+    if config.epochs and per_step > num_train:
+        raise ConfigError(
+            f"batch_size={config.batch_size}: a step takes {per_step} images and the training part has {num_train}; "
+            f"use batch_size={max(1, num_train // config.accumulate)} or less"
+        )
+    size = data.images.image_size
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"data.image_size={size}: {backbone.name} can't take images of {size}x{size} pixels "
+            f"({str(error).splitlines()[0]}); use its own {default_image_size(backbone.name)}"
+        ) from error

@@ -1,0 +1,268 @@
+"""The training loop. It knows a `Worker`, not what lies behind it."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftstack.checkpoint import Checkpoint, CheckpointStore
+from graftstack.config.schema import Precision, Select
+from graftstack.errors import TrainingError
+from graftstack.finetune.batches import Sharding, StepBatches, normalize, prefetch, step_batches
+from graftstack.finetune.inference import predict_logits
+from graftstack.finetune.metrics import classification_metrics
+from graftstack.finetune.optimizers import build_optimizer, head_multiplier, set_lr
+from graftstack.finetune.phases import Phase
+from graftstack.finetune.schedules import lr_factor
+from graftstack.finetune.state import Position, pack, unpack
+from graftstack.finetune.task import Task
+from graftstack.runtime import Worker
+from graftstack.seeding import derive_seed
+from graftstack.storage import Folder
+
+# Losses are looked at together after this many steps: reading each would make an accelerator wait.
+_LOOK_EVERY_STEPS = 10
+
+
+class Progress(NamedTuple):
+    """Where a training stands, for people."""
+
+    step: int
+    num_steps: int
+    epoch: int
+    num_epochs: int
+    loss: float
+    """Mean over the last steps."""
+    lr: float
+    """Of the last layer group."""
+    images_per_s: float
+    history: tuple[dict[str, float], ...]
+
+
+class Trained(NamedTuple):
+    """The result of a training."""
+
+    history: tuple[dict[str, float], ...]
+    epoch: int
+    """The epoch that the model is from, counted from 1; 0 if there was none."""
+    metrics: dict[str, float]
+    """Validation metrics of the model."""
+    val_logits: Tensor
+    """fp32, [num_val, num_classes], in the order of the validation split."""
+
+
+class Training:
+    """One rank's share of a training, from wherever its checkpoints say it stands."""
+
+    def __init__(
+        self,
+        task: Task,
+        worker: Worker,
+        checkpoints: Folder,
+        *,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.task = task
+        self.config = task.config
+        self.worker = worker
+        self.on_progress = on_progress
+        self.model = task.model.to(worker.device)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, freeze_depth=task.freeze_depth)
+        self.class_weights = task.class_weights.to(worker.device)
+        self.store = CheckpointStore(checkpoints, num_to_keep=self.config.checkpoint.num_to_keep)
+        # Two, because the newest may be of an epoch that a resumed run has yet to repeat.
+        self.best = CheckpointStore(checkpoints / "best", num_to_keep=2)
+        self.position = Position()
+        self._losses: list[Tensor] = []
+        self._looked_at = time.perf_counter()
+        self._images_since = 0
+
+    def run(self) -> Trained:
+        """Trains to the end and returns the model's metrics; `task.model` then holds the selected weights.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite; names the step and the learning rate. On all ranks.
+            StorageFullError: a checkpoint could not be saved; the last good one is still there.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if checkpoint := self.store.latest():
+                self.position = unpack(checkpoint, self.model, self.optimizer)
+            for phase in self.task.phases:
+                if self.position.step < phase.stop and not self._is_over():
+                    self._run_phase(phase)
+            return self._finish()
+
+    def time_step(self, phase: Phase) -> float:
+        """Returns the seconds that a step of `phase` takes, after one to warm up. The model trains: give it a copy."""
+        self.model.backbone.freeze(phase.freeze_depth)
+        self.model.train()
+        part = Sharding(rank=0, world_size=1)
+        for batches in step_batches(self.config, self.task.data, self.task.class_weights, range(2), part):
+            began = time.perf_counter()
+            self._backward(self.model, batches)
+            self.optimizer.step()
+        return time.perf_counter() - began
+
+    def _run_phase(self, phase: Phase) -> None:
+        self.model.backbone.freeze(phase.freeze_depth)
+        # Wrapped anew in each phase, so that only what trains in it is reduced over the ranks.
+        wrapped = self.worker.prepare_model(self.model)
+        steps = range(max(phase.start, self.position.step), phase.stop)
+        part = Sharding(self.worker.rank, self.worker.world_size)
+        self._looked_at = time.perf_counter()
+        self.model.train()
+        for batches in prefetch(step_batches(self.config, self.task.data, self.task.class_weights, steps, part)):
+            self._run_step(wrapped, batches, phase)
+            if self._is_over():
+                break
+
+    def _run_step(self, wrapped: nn.Module, batches: StepBatches, phase: Phase) -> None:
+        factor = lr_factor(
+            self.config.schedule,
+            step=batches.step - phase.schedule_start,
+            num_steps=phase.schedule_stop - phase.schedule_start,
+        )
+        trains_alone = phase.freeze_depth >= self.model.head_boundary
+        multiplier = head_multiplier(self.config.optimizer, trains_alone=trains_alone)
+        set_lr(self.optimizer, factor, head_multiplier=multiplier)
+        # Dropout is a function of the step and not of what ran before it, so that resuming changes nothing.
+        torch.manual_seed(derive_seed(self.config.seed, "step", batches.step, self.worker.rank))
+        self._losses.append(self._backward(wrapped, batches))
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+        self.optimizer.step()
+        self._images_since += batches.num_images
+        self.position = self.position._replace(step=batches.step + 1)
+        self._after_step(self.config.optimizer.lr * factor)
+
+    def _backward(self, wrapped: nn.Module, batches: StepBatches) -> Tensor:
+        """Adds up the gradients of a step and returns this rank's part of its loss, of which the mean is the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.worker.device)
+        scale = self.worker.world_size / batches.total_weight
+        for index, batch in enumerate(batches.batches):
+            is_last = index + 1 == len(batches.batches)
+            with _without_reduction(wrapped, unless=is_last), self._autocast():
+                logits = wrapped(normalize(batch.images, self.task.preprocessing, self.worker.device))
+                loss = scale * F.cross_entropy(
+                    logits.float(),
+                    batch.labels.to(self.worker.device),
+                    weight=self.class_weights,
+                    label_smoothing=self.config.label_smoothing,
+                    reduction="sum",
+                )
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        enabled = self.config.precision is Precision.bf16
+        return torch.autocast(self.worker.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _after_step(self, lr: float) -> None:
+        step = self.position.step
+        ends_epoch = step % self.task.steps_per_epoch == 0
+        every = self.config.checkpoint.every_steps
+        saves = every is not None and step % every == 0
+        if ends_epoch or saves or step % _LOOK_EVERY_STEPS == 0:
+            self._look_at_losses(lr)
+        if ends_epoch:
+            self._end_epoch()
+        elif saves:
+            self._save()
+
+    def _look_at_losses(self, lr: float) -> None:
+        """Adds up the losses since the last look; all ranks see the same ones and so fail together."""
+        losses = torch.stack(self._losses)
+        self._losses = []
+        self.worker.mean_([losses])
+        values = losses.double().tolist()
+        first = self.position.step - len(values)
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {first + offset + 1} (learning rate {lr:.3g}); lower optimizer.lr, "
+                    "set clip_grad_norm=1, or use precision=fp32"
+                )
+        self.position = self.position._replace(loss_sum=self.position.loss_sum + sum(values))
+        elapsed = time.perf_counter() - self._looked_at
+        self._tell(loss=sum(values) / len(values), lr=lr, images_per_s=self._images_since / elapsed)
+        self._looked_at, self._images_since = time.perf_counter(), 0
+
+    def _end_epoch(self) -> None:
+        epoch = self.position.step // self.task.steps_per_epoch
+        self._average_buffers()
+        metrics = classification_metrics(self._validate(), self._val_labels())
+        row = {"epoch": epoch, "train_loss": self.position.loss_sum / self.task.steps_per_epoch, **metrics}
+        is_best = metrics["accuracy"] > self.position.best_accuracy
+        self.position = self.position._replace(
+            history=(*self.position.history, row),
+            best_epoch=epoch if is_best else self.position.best_epoch,
+            loss_sum=0.0,
+        )
+        if is_best and self.config.select is Select.best and self.worker.rank == 0:
+            self.best.save(Checkpoint(epoch, self.model.named_state(), {}))
+        self._save()
+        self._tell(loss=row["train_loss"], lr=0.0, images_per_s=0.0)
+        self.worker.report(row)
+        self.model.train()
+        self._looked_at = time.perf_counter()
+
+    def _save(self) -> None:
+        self._average_buffers()
+        if self.worker.rank == 0:
+            self.store.save(pack(self.position, self.model, self.optimizer))
+
+    def _average_buffers(self) -> None:
+        """Makes the BatchNorm statistics of all ranks the same: each has seen its own part of the images."""
+        self.worker.mean_(buffer for buffer in self.model.buffers() if buffer.is_floating_point())
+
+    def _is_over(self) -> bool:
+        patience = self.config.early_stop
+        return patience is not None and len(self.position.history) - self.position.best_epoch >= patience > 0
+
+    def _finish(self) -> Trained:
+        epoch = len(self.position.history)
+        if self.config.select is Select.best and (best := self.best.load(self.position.best_epoch)):
+            self.model.load_named_state(best.tensors)
+            epoch = best.step
+        logits = self._validate()
+        metrics = classification_metrics(logits, self._val_labels())
+        return Trained(self.position.history, epoch, metrics, logits)
+
+    def _validate(self) -> Tensor:
+        """Returns the logits of the whole validation part; each rank computes its share."""
+        with self._autocast():
+            return predict_logits(
+                self.model, self.task.data, self.task.data.splits.val, self.task.preprocessing, self.worker
+            )
+
+    def _val_labels(self) -> Tensor:
+        return torch.from_numpy(self.task.data.labels[self.task.data.splits.val])
+
+    def _tell(self, *, loss: float, lr: float, images_per_s: float) -> None:
+        if self.worker.rank != 0:
+            return
+        self.on_progress(
+            Progress(
+                step=self.position.step,
+                num_steps=self.task.num_steps,
+                epoch=min(self.config.epochs, self.position.step // self.task.steps_per_epoch + 1),
+                num_epochs=self.config.epochs,
+                loss=loss,
+                lr=lr,
+                images_per_s=images_per_s,
+                history=self.position.history,
+            )
+        )
+
+
+def _without_reduction(wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
+    """While gradients accumulate, ranks keep them to themselves; the last batch of a step averages the sum."""
+    no_sync: Callable[[], AbstractContextManager[Any]] | None = getattr(wrapped, "no_sync", None)
+    return nullcontext() if unless or no_sync is None else no_sync()

@@ -1,0 +1,234 @@
+"""The run folder: one execution of a job, readable at any moment, whatever was killed.
+
+``run.json`` (the manifest) and ``progress.json`` are rewritten atomically; everything else in the folder is named by
+the manifest's `artifacts`.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from graftstack.errors import RunError, did_you_mean
+from graftstack.storage import Folder, is_uri
+
+log = logging.getLogger(__name__)
+
+Status = Literal["running", "done", "failed", "interrupted"]
+
+MANIFEST = "run.json"
+PROGRESS = "progress.json"
+
+# A process on another host counts as gone when its last sign of life is older than this.
+_SILENCE_S = 60.0
+
+# Keys that say where and how often to run, not what to compute: they may differ between a run and its resumption.
+_FREE_KEYS = {"resume", "runs_dir", "cluster", "checkpoint", "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``graftstack runs show RUN --json`` prints."""
+
+    job: str
+    name: str
+    status: Status
+    config: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float = 0.0
+    """Time spent, over all resumptions."""
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """What the run made, by name; paths relative to the run folder."""
+    overrides: list[str] = field(default_factory=list)
+    """The configuration as the user wrote it; a resumption starts from it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else is worth knowing of this job, e.g. skipped images."""
+    error: str | None = None
+    process: dict[str, Any] = field(default_factory=dict)
+    """Host and process that work on the run."""
+
+
+class Run:
+    """An open run folder; its owner is the one process that may change the manifest."""
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._since = time.monotonic()
+        self._seconds_before = manifest.seconds
+
+    @classmethod
+    def start(cls, runs_dir: str, manifest: Manifest, *, resume: bool) -> "Run":
+        """Opens a new run folder, or the one to continue, for this process to own. Raises `RunError`."""
+        run = cls.check(runs_dir, manifest, resume=resume)
+        if run is None:
+            folder = Folder(runs_dir) / manifest.name
+            folder.make()
+            run = cls(folder, replace(manifest, process=_this_process()))
+            run._save()
+        elif run.manifest.status != "done":
+            run.update(status="running", error=None, config=manifest.config, process=_this_process())
+        return run
+
+    @classmethod
+    def check(cls, runs_dir: str, manifest: Manifest, *, resume: bool) -> "Run | None":
+        """Returns the run to continue, or None if a new one can be started. Changes nothing.
+
+        Raises:
+            RunError: the name is taken, another process works on the run, its configuration is another one, or the
+                folder can't be written.
+        """
+        folder = Folder(runs_dir) / manifest.name
+        if not folder.exists(MANIFEST):
+            if folder.names():
+                raise RunError(f"name={manifest.name}: {folder.location} exists and is no run; choose another name")
+            _check_writable(Folder(runs_dir))
+            return None
+        if not resume:
+            raise RunError(
+                f"name={manifest.name}: a run of that name exists in {runs_dir}; choose another name, "
+                "or pass resume=true to continue it"
+            )
+        run = cls.open(folder)
+        if run.manifest.status == "running":
+            owner = run.manifest.process
+            raise RunError(
+                f"name={manifest.name}: process {owner['pid']} on {owner['host']} works on it; wait for it, or stop it"
+            )
+        _check_same(run.manifest, manifest)
+        return run
+
+    @classmethod
+    def open(cls, folder: Folder) -> "Run":
+        """Reads a run folder. A run whose process is gone reads as interrupted. Raises `RunError`."""
+        try:
+            manifest = Manifest(**json.loads(folder.read(MANIFEST)))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{folder.location}: holds no readable {MANIFEST}; name another run") from error
+        if manifest.status == "running" and _is_gone(manifest.process):
+            manifest = replace(manifest, status="interrupted")
+        return cls(folder, manifest)
+
+    def beat(self) -> None:
+        """Gives a sign of life, which other hosts go by."""
+        self.update(process=_this_process())
+
+    def update(self, **changes: Any) -> None:
+        """Rewrites the manifest with `changes` and the time spent."""
+        seconds = self._seconds_before + time.monotonic() - self._since
+        self.manifest = replace(self.manifest, seconds=round(seconds, 3), **changes)
+        self._save()
+
+    def artifact(self, name: str) -> str:
+        """Returns the location of an artifact. Raises `RunError` if the run hasn't made it."""
+        try:
+            return self.folder.path(self.manifest.artifacts[name])
+        except KeyError:
+            raise RunError(
+                f"{self.manifest.name}: the run is {self.manifest.status} and has no {name}; finish it with resume=true"
+            ) from None
+
+    def _save(self) -> None:
+        self.folder.write(MANIFEST, json.dumps(asdict(self.manifest), indent=2, sort_keys=True).encode())
+
+
+def find_run(reference: str, runs_dir: str) -> Run:
+    """Opens the run named or located by `reference`: a name under `runs_dir`, or a path or URI of a run folder."""
+    if is_uri(reference) or (Path(reference) / MANIFEST).exists():
+        return Run.open(Folder(reference))
+    folder = Folder(runs_dir) / reference
+    if not folder.exists(MANIFEST):
+        names = _run_names(Folder(runs_dir))
+        hint = did_you_mean(reference, names) if names else "it holds no runs; choose another runs_dir"
+        raise RunError(f"{reference}: no such run in {runs_dir}; {hint}")
+    return Run.open(folder)
+
+
+def list_runs(runs_dir: str) -> list[Run]:
+    """Returns the runs of a folder, oldest first; warns of those that can't be read."""
+    root = Folder(runs_dir)
+    runs = []
+    for name in _run_names(root):
+        try:
+            runs.append(Run.open(root / name))
+        except RunError as error:
+            log.warning("%s", error)
+    return sorted(runs, key=lambda run: run.manifest.started)
+
+
+def read_progress(folder: Folder) -> dict[str, Any] | None:
+    """Returns what a running job last said of its progress, or None."""
+    with suppress(OSError, ValueError):
+        progress: dict[str, Any] = json.loads(folder.read(PROGRESS))
+        return progress
+    return None
+
+
+def now() -> str:
+    """Returns the current time, UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _run_names(root: Folder) -> list[str]:
+    return [name for name in root.names() if root.exists(f"{name}/{MANIFEST}")]
+
+
+def _check_writable(root: Folder) -> None:
+    if not root.is_local:
+        return
+    nearest = Path(root.location)
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"runs_dir={root.location}: {nearest} can't be written; choose another runs_dir")
+
+
+def _check_same(old: Manifest, new: Manifest) -> None:
+    if old.job != new.job:
+        raise RunError(f"name={new.name}: is a {old.job} run; resume it with the {old.job} job")
+    before, after = _flat(old.config), _flat(new.config)
+    for key in sorted(before.keys() | after.keys()):
+        if key.split(".")[0] not in _FREE_KEYS and before.get(key) != after.get(key):
+            raise RunError(
+                f"{key}={after.get(key)}: run {new.name} was started with {before.get(key)}; leave the key out to "
+                "continue it, or choose another name"
+            )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _birth(os.getpid()), "beat": time.time()}
+
+
+def _is_gone(process: Mapping[str, Any]) -> bool:
+    if process.get("host") != socket.gethostname():
+        return time.time() - float(process.get("beat", 0.0)) > _SILENCE_S
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return process.get("born") != _birth(process["pid"])
+
+
+def _birth(pid: int) -> str | None:
+    """Returns when a process began, in clock ticks since boot, so that a pid used again isn't mistaken for it."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
