@@ -1,0 +1,239 @@
+"""The command line. It answers at once: torch and ray are loaded only by what needs them."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, NoReturn
+
+from graftstack import __version__
+from graftstack.config.jobs import JOBS
+from graftstack.errors import BadInputError, GraftstackError
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTION = """\
+graftstack grafts a new head onto a pretrained backbone, on this machine or on a Ray cluster.
+
+jobs (each explains its keys with --help):
+  finetune [key=value ...]   fine-tune a pretrained backbone
+  pretrain [key=value ...]   train a backbone from its initial weights
+
+around them:
+  plan JOB [key=value ...]   check everything and print what would run
+  predict RUN DATA --out F   predict with a run's model
+  evaluate RUN [DATA]        measure a run's model on labelled data
+  runs [show|compare]        list, show and compare runs
+  demo                       the whole story, offline, on bundled data
+  doctor                     what is wrong with this machine, and the fix
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    verbose = "-v" in words or "--verbose" in words
+    _quiet(verbose=verbose)
+    try:
+        options = _parser().parse_args(words)
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except GraftstackError as error:
+        return _complain(str(error), error.exit_status, verbose=verbose)
+    except KeyboardInterrupt:
+        return _complain("interrupted; continue with resume=true and the run's name", EXIT_INTERRUPTED, verbose=verbose)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); what it didn't want needs no words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return status
+
+
+def _run_job(options: argparse.Namespace) -> int:
+    if options.help:
+        from graftstack.report.explain import job_help
+
+        print(job_help(options.command))
+        return EXIT_DONE
+    from graftstack.report.jobs import run_job
+
+    run_job(options.command, options.overrides, verbose=options.verbose)
+    return EXIT_DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from graftstack.report.jobs import plan_job
+
+    plan_job(options.job, options.overrides, as_json=options.json)
+    return EXIT_DONE
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from graftstack.report.jobs import predict_run
+
+    predict_run(options.run_name, options.data, options.out, runs_dir=options.runs_dir)
+    return EXIT_DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from graftstack.report.jobs import evaluate_run
+
+    evaluate_run(options.run_name, options.data, part=options.split, as_json=options.json, runs_dir=options.runs_dir)
+    return EXIT_DONE
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from graftstack.runs import find_run, list_runs
+
+    _check_num_names(options.action, options.names)
+    if options.action == "list":
+        manifests = [run.manifest for run in list_runs(options.runs_dir)]
+    else:
+        manifests = [find_run(name, options.runs_dir).manifest for name in options.names]
+    if options.json:
+        shown = [_shown(manifest) for manifest in manifests]
+        print(json.dumps(shown[0] if options.action == "show" else shown, indent=2))
+        return EXIT_DONE
+    from rich.console import Console
+
+    from graftstack.report import tables
+
+    console = Console()
+    match options.action:
+        case "list" if not manifests:
+            console.print(f"no runs in {options.runs_dir}", highlight=False)
+        case "list":
+            console.print(tables.runs_table(manifests))
+        case "show":
+            console.print(tables.run_table(manifests[0]))
+        case _:
+            console.print(tables.comparison_table(manifests))
+    return EXIT_DONE
+
+
+def _check_num_names(action: str, names: Sequence[str]) -> None:
+    least, most = {"list": (0, 0), "show": (1, 1), "compare": (2, 99)}[action]
+    if not least <= len(names) <= most:
+        wanted = {"list": "no run", "show": "one run", "compare": "two runs or more"}[action]
+        raise BadInputError(f"{' '.join(('runs', action, *names))}: takes {wanted}; see graftstack runs --help")
+
+
+def _shown(manifest: Any) -> dict[str, Any]:
+    return {key: value for key, value in asdict(manifest).items() if key not in ("overrides", "process")}
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from graftstack.demo import run_demo
+
+    run_demo(options.runs_dir)
+    return EXIT_DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from graftstack.doctor import run_doctor
+
+    return EXIT_DONE if run_doctor(as_json=options.json) else EXIT_FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInputError(f"{message}; see {self.prog} --help")
+
+
+class _Command(_Parser):
+    """Takes options before, between and after its other words."""
+
+    _is_mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_mixing or "-h" in args or "--help" in args:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True
+        return self.parse_known_intermixed_args(args, namespace)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="graftstack",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=("graftstack COMMAND ..."),
+    )
+    parser.add_argument("--version", action="version", version=f"graftstack {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", parser_class=_Command, required=True, prog="graftstack"
+    )
+    for job in JOBS:
+        command = _add(commands, job, _run_job, add_help=False)
+        command.add_argument("overrides", nargs="*")
+        command.add_argument("-h", "--help", action="store_true")
+        command.add_argument("-v", "--verbose", action="store_true")
+    _add_inspection(commands)
+    demo = _add(commands, "demo", _demo, text="Pretrain on digits 0-4, fine-tune on 5-9, and compare; offline.")
+    demo.add_argument("--runs-dir", default="runs/demo", help="where the demo's runs go; made anew each time")
+    doctor = _add(commands, "doctor", _doctor, text="Check this machine and print the fix for what is wrong.")
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+def _add_inspection(commands: Any) -> None:
+    plan = _add(commands, "plan", _plan, text="Check a job and print what it would do; trains nothing.")
+    plan.add_argument("job", choices=sorted(JOBS))
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--json", action="store_true")
+
+    predict = _add(commands, "predict", _predict, text="Predict every row of DATA with the model of RUN.")
+    predict.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URI of its folder")
+    predict.add_argument("data", metavar="DATA", help="a Parquet or CSV file, a folder of images, or digits")
+    predict.add_argument("--out", required=True, help="the Parquet file to write")
+
+    evaluate = _add(commands, "evaluate", _evaluate, text="Measure the model of RUN on labelled data.")
+    evaluate.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URI of its folder")
+    evaluate.add_argument("data", metavar="DATA", nargs="?", help="default: the data that the run was trained with")
+    evaluate.add_argument(
+        "--split", choices=("train", "val", "test", "all"), help="default: val of the run's own data, all of other data"
+    )
+    evaluate.add_argument("--json", action="store_true")
+
+    runs = _add(commands, "runs", _runs, text="List runs, show one, or compare several.")
+    runs.add_argument("action", nargs="?", default="list", choices=("list", "show", "compare"))
+    runs.add_argument("names", nargs="*", metavar="RUN")
+    runs.add_argument("--json", action="store_true")
+    for command in (predict, evaluate, runs):
+        command.add_argument("--runs-dir", default="runs", help="where run folders lie (default: runs)")
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, text: str = "", add_help: bool = True
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, description=text, add_help=add_help)
+    command.set_defaults(run=run)
+    return command
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _quiet(*, verbose: bool) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", module=r"(ray|torch|torchvision|torchmetrics)\.")
+
+
+def _complain(message: str, status: int, *, verbose: bool) -> int:
+    if verbose:
+        logging.getLogger(__name__).info("traceback", exc_info=True)
+    print(f"graftstack: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,152 @@
+"""Launching `finetune` and `pretrain`: check everything, open the run, train it wherever it is to run."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from graftstack.backbones.catalog import require_known
+from graftstack.config.plain import to_plain, to_yaml
+from graftstack.config.schema import ClusterKind, FinetuneConfig
+from graftstack.runs import MANIFEST, Manifest, Run, now, read_progress
+from graftstack.storage import Folder, is_uri
+
+# How often other hosts are given a sign of life.
+_BEAT_EVERY_S = 10.0
+
+
+class Display(Protocol):
+    """What a launch tells a person; every call may be ignored."""
+
+    def reading(self, done: int, total: int) -> None:
+        """Images decoded, of all."""
+        ...
+
+    def training(self, progress: dict[str, Any]) -> None:
+        """The fields of `finetune.training.Progress`."""
+        ...
+
+
+def launch(
+    job: str, config: FinetuneConfig, *, overrides: Sequence[str], display: Display, verbose: bool = False
+) -> Run:
+    """Runs a training to its end and returns its run; a run that is done already is returned as it is.
+
+    Whatever ends the process, the run folder stays resumable. Errors before the start leave no folder behind.
+
+    Raises:
+        BadInputError: what the user gave can't be run.
+        GraftstackError: the training failed; the manifest says so too.
+        KeyboardInterrupt: it was interrupted; the manifest says so too.
+    """
+    require_known(config.backbone.name)
+    config = _with_absolute_paths(replace(config, name=config.name or _default_name(job)))
+    assert config.name is not None
+    manifest = Manifest(
+        job=job,
+        name=config.name,
+        status="running",
+        config=to_plain(config),
+        started=now(),
+        overrides=list(overrides),
+    )
+    existing = Run.check(config.runs_dir, manifest, resume=config.resume)
+    if existing is not None and existing.manifest.status == "done":
+        return existing
+    check_machine(config)
+
+    from graftstack.finetune.task import prepare
+
+    task = prepare(config, progress=display.reading)
+    run = Run.start(config.runs_dir, manifest, resume=config.resume)
+    run.folder.write("config.yaml", to_yaml(config).encode())
+    try:
+        outcome = _train(run, task, display, verbose=verbose)
+    except KeyboardInterrupt:
+        run.update(status="interrupted", error="interrupted")
+        raise
+    except BaseException as error:
+        run.update(status="failed", error=str(error) or type(error).__name__)
+        raise
+    run.update(status="done", metrics=outcome.metrics, artifacts=outcome.artifacts, details=outcome.details)
+    return run
+
+
+def check_machine(config: FinetuneConfig) -> None:
+    """Raises `ConfigError` if this machine hasn't what the job asks for.
+
+    What an existing cluster has is known only once it is connected to.
+    """
+    if config.cluster.kind is ClusterKind.ray:
+        return
+    from graftstack.cluster.resources import check_resources, machine_resources
+
+    check_resources(config.cluster, machine_resources())
+
+
+def saved_overrides(overrides: Sequence[str]) -> list[str]:
+    """Returns what the run to resume was started with, so that its name is all that a user repeats."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if given.get("resume", "").lower() != "true" or "name" not in given:
+        return []
+    folder = Folder(given.get("runs_dir", FinetuneConfig.runs_dir)) / given["name"]
+    return Run.open(folder).manifest.overrides if folder.exists(MANIFEST) else []
+
+
+def _train(run: Run, task: Any, display: Display, *, verbose: bool) -> Any:
+    from graftstack.cluster import train
+
+    config: FinetuneConfig = task.config
+    beat = _Heartbeat(run)
+
+    def on_progress(progress: Any) -> None:
+        beat()
+        display.training(progress._asdict())
+
+    def poll() -> None:
+        beat()
+        if progress := read_progress(run.folder):
+            display.training(progress)
+
+    if config.cluster.kind is ClusterKind.inline:
+        return train.train_inline(task, run.folder, on_progress)
+    if config.cluster.kind is ClusterKind.local and config.cluster.max_workers == 1:
+        return train.train_in_process(task, run.folder, on_progress)
+    return train.train_in_group(config, run.folder, poll=poll, verbose=verbose)
+
+
+class _Heartbeat:
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last >= _BEAT_EVERY_S:
+            self._run.beat()
+            self._last = time.monotonic()
+
+
+def _default_name(job: str) -> str:
+    return f"{job}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def _with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
+    """A worker on another node has another working folder."""
+    data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
+    weights = config.backbone.weights
+    if Path(weights).expanduser().is_file():
+        weights = str(_absolute(weights))
+    return replace(
+        config,
+        data=data,
+        backbone=replace(config.backbone, weights=weights),
+        runs_dir=str(_absolute(config.runs_dir)),
+    )
+
+
+def _absolute(location: str | None) -> str | None:
+    if location is None or is_uri(location):
+        return location
+    return str(Path(location).expanduser().absolute())

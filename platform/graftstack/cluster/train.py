@@ -1,0 +1,149 @@
+"""Training a task on Ray Train: in this process for one worker, else in a group of worker processes."""
+
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graftstack.cluster.resources import check_resources, cluster_resources, cpus_per_worker
+from graftstack.cluster.session import quiet_ray, ray_session
+from graftstack.cluster.worker import RayWorker
+from graftstack.config.schema import FinetuneConfig
+from graftstack.errors import GraftstackError, TrainingError
+from graftstack.finetune.job import Outcome, train_rank
+from graftstack.finetune.task import Task, prepare
+from graftstack.finetune.training import Progress
+from graftstack.runtime import LocalWorker
+from graftstack.storage import Folder
+
+# How often the driver looks at what the workers wrote of their progress.
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What each worker of a group is sent: plain values that pickle small."""
+
+    config: FinetuneConfig
+    location: str
+    num_threads: int
+    verbose: bool
+
+
+def device_of(config: FinetuneConfig) -> torch.device:
+    """Returns the device of a training in this process."""
+    return torch.device("cuda" if config.cluster.gpus_per_worker > 0 else "cpu")
+
+
+def train_inline(task: Task, folder: Folder, on_progress: Callable[[Progress], None]) -> Outcome:
+    """Trains in this process, without Ray."""
+    if task.config.cluster.cpus_per_worker:
+        torch.set_num_threads(task.config.cluster.cpus_per_worker)
+    return train_rank(task, LocalWorker(device_of(task.config)), folder, on_progress=on_progress)
+
+
+def train_in_process(task: Task, folder: Folder, on_progress: Callable[[Progress], None]) -> Outcome:
+    """Trains as Ray Train's only worker, in this process: no worker group, no processes to start."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    quiet_ray()
+    result = TorchTrainer(
+        lambda: train_inline(task, folder, on_progress),
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(name=folder.name),
+    ).fit()
+    outcome: Outcome = result.return_value
+    return outcome
+
+
+def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[], None], verbose: bool) -> Outcome:
+    """Trains with several workers, each a process of the cluster, and calls `poll` while they work.
+
+    A worker that is lost is replaced and the group continues from its last checkpoint, `cluster.max_failures` times.
+
+    Raises:
+        TrainingError: the training failed, or too many workers were lost.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    cluster = config.cluster
+    with ray_session(cluster, verbose=verbose):
+        resources = cluster_resources()
+        check_resources(cluster, resources)
+        cpus = cpus_per_worker(cluster, resources)
+        is_fixed = cluster.min_workers == cluster.max_workers
+        trainer = TorchTrainer(
+            _train_share,
+            train_loop_config={"share": _Share(config, folder.location, cpus, verbose)},
+            scaling_config=ScalingConfig(
+                num_workers=cluster.max_workers if is_fixed else (cluster.min_workers, cluster.max_workers),
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": cpus,
+                    **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+                },
+            ),
+            run_config=RunConfig(
+                # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.
+                name=f"attempt-{uuid.uuid4().hex[:8]}",
+                storage_path=folder.path(".ray"),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+            ),
+        )
+        try:
+            result = _fit(trainer, poll)
+        except TrainingFailedError as error:
+            raise _cause_of(error) from error
+    outcome: Outcome | GraftstackError = result.return_value
+    if isinstance(outcome, GraftstackError):
+        raise outcome
+    return outcome
+
+
+def _train_share(settings: dict[str, Any]) -> Outcome | GraftstackError:
+    """Runs in each worker. An error that a restart would only repeat is returned: raised, it would be retried."""
+    share: _Share = settings["share"]
+    torch.set_num_threads(share.num_threads)
+    if not share.verbose:
+        quiet_ray()
+    try:
+        return train_rank(prepare(share.config), RayWorker(), Folder(share.location))
+    except TrainingError as error:
+        return error
+
+
+def _fit(trainer: Any, poll: Callable[[], None]) -> Any:
+    """Runs ``trainer.fit()`` in a thread, so that this one can show progress and be interrupted."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            results.append(trainer.fit())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="graftstack-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        poll()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _cause_of(error: BaseException) -> GraftstackError:
+    """Returns the error of graftstack's own that made Ray Train fail, or one that quotes Ray's."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, GraftstackError):
+            return cause
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return TrainingError(f"the workers failed: {reason.strip()}; run again with -v to see their logs, then resume=true")

@@ -1,0 +1,97 @@
+"""The whole story on one page, offline: pretrain on some digits, graft onto others, compare with starting afresh."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from graftstack.cluster.finetune import launch
+from graftstack.config.compose import compose_job
+from graftstack.errors import RunError
+from graftstack.report.progress import job_display
+from graftstack.report.tables import number
+from graftstack.runs import Run, list_runs
+
+# Eight by eight pixels say little at their own size to a network with four poolings.
+_COMMON = ("data=digits", "data.image_size=16", "backbone=conv4", "augment=none")
+_BASE = ("name=digits-0-4", "data.classes=[0,1,2,3,4]", "epochs=12", "batch_size=64")
+_FEW = (
+    "data.classes=[5,6,7,8,9]",
+    "data.num_train_per_class=20",
+    "data.val_fraction=0.5",
+    "epochs=25",
+    "batch_size=20",
+)
+
+
+class _Contender(NamedTuple):
+    name: str
+    title: str
+    overrides: tuple[str, ...]
+
+
+_PRETRAINED = "backbone.weights=run:digits-0-4"
+_CONTENDERS = (
+    _Contender("scratch", "from scratch", ("backbone.weights=none",)),
+    _Contender("depth-0", "fine-tuned, nothing frozen", (_PRETRAINED, "freeze_depth=0")),
+    _Contender("depth-2", "fine-tuned, two groups frozen", (_PRETRAINED, "freeze_depth=2")),
+    _Contender("depth-all", "only the head", (_PRETRAINED, "freeze_depth=all")),
+    _Contender("lp-ft", "the head first, then all", (_PRETRAINED, "freeze_depth=0", "recipe=lp_ft")),
+)
+
+
+def run_demo(runs_dir: str) -> None:
+    """Runs the demo in `runs_dir`, which holds nothing but earlier demos, and prints its table.
+
+    Raises:
+        RunError: the folder holds something else.
+    """
+    _clear(Path(runs_dir))
+    console = Console(stderr=True)
+    console.print("1. pretraining a conv4 on the digits 0-4", highlight=False)
+    base = _run("pretrain", runs_dir, _BASE, console)
+    accuracy = number(base.manifest.metrics["accuracy"])
+    console.print(f"   accuracy {accuracy} on held-out 0-4, {base.manifest.seconds:.1f} s", highlight=False)
+    console.print("2. learning the digits 5-9 from 20 images each", highlight=False)
+    runs = []
+    for contender in _CONTENDERS:
+        runs.append(_run("finetune", runs_dir, (f"name={contender.name}", *_FEW, *contender.overrides), console))
+        console.print(
+            f"   {contender.title}: accuracy {number(runs[-1].manifest.metrics['accuracy'])}", highlight=False
+        )
+    Console().print(_table(runs))
+    Console().print(
+        f"runs: {runs_dir} (graftstack runs --runs-dir {runs_dir}; graftstack runs show lp-ft --runs-dir {runs_dir})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) -> Run:
+    everything = [*_COMMON, f"runs_dir={runs_dir}", *overrides]
+    with job_display(Console(stderr=True, quiet=not console.is_terminal)) as display:
+        return launch(job, compose_job(job, everything), overrides=everything, display=display)
+
+
+def _clear(folder: Path) -> None:
+    if not folder.exists():
+        return
+    known = {"digits-0-4", *(contender.name for contender in _CONTENDERS)}
+    found = {run.manifest.name for run in list_runs(str(folder))}
+    if strange := {path.name for path in folder.iterdir()} - (known & found):
+        raise RunError(f"--runs-dir {folder}: holds {sorted(strange)[0]}, which is no demo run; choose another folder")
+    shutil.rmtree(folder)
+
+
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table(title="digits 5-9 from 20 images each", header_style="bold", box=None, pad_edge=False)
+    for column in ("start", "frozen groups", "accuracy", "macro F1", "ECE", "seconds"):
+        table.add_column(column)
+    for contender, run in zip(_CONTENDERS, runs, strict=True):
+        manifest = run.manifest
+        metrics = (number(manifest.metrics[name]) for name in ("accuracy", "macro_f1", "ece"))
+        table.add_row(contender.title, str(manifest.details["freeze_depth"]), *metrics, f"{manifest.seconds:.1f}")
+    return table
