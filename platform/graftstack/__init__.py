@@ -8,7 +8,7 @@ A map of the package, from the ground up; imports point down only, and importing
 - `data`, `backbones`: Arrow tables to image batches; models as ordered layer groups
 - `finetune`: the recipes and the training loop, free of Ray
 - `cluster`: Ray, and how each job is launched on it
-- `report`, `cli`: what a person sees
+- `report`, `doctor`, `demo`, `cli`: what a person sees
 """
 
 __version__ = "0.1.0"

@@ -348,9 +348,12 @@ class FinetuneConfig:
                 f"batch_size={self.batch_size}: fewer than one image for each of {self.cluster.max_workers} workers; "
                 "raise it, or lower cluster.num_workers"
             )
-        if self.name is not None and (not self.name or self.name.startswith(".") or set(self.name) & set("/\\:")):
+        if self.name is not None and (
+            not 0 < len(self.name) <= 200 or self.name.startswith(".") or set(self.name) & set("/\\:")
+        ):
             raise ConfigError(
-                f"name={self.name!r}: a run name holds no /, \\ or : and doesn't start with a dot; rename it"
+                f"name={self.name!r}: a run name has 1 to 200 characters, none of them /, \\ or :, and doesn't start "
+                "with a dot; rename it"
             )
         if self.resume and self.name is None:
             raise ConfigError("resume=true: which run? add name=RUN")
