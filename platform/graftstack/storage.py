@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -115,6 +116,13 @@ class Folder:
             Path(self.path(name)).unlink(missing_ok=True)
         elif self.exists(name):
             self._remote().rm_file(self.path(name))
+
+    def remove_all(self) -> None:
+        """Removes the folder and everything in it."""
+        if self.is_local:
+            shutil.rmtree(self.location, ignore_errors=True)
+        elif self.exists():
+            self._remote().rm(self.location, recursive=True)
 
     def _remote(self) -> Any:
         import fsspec

@@ -73,6 +73,7 @@ def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[],
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     cluster = config.cluster
+    records = folder / ".ray"
     with ray_session(cluster, verbose=verbose):
         resources = cluster_resources()
         check_resources(cluster, resources)
@@ -92,7 +93,7 @@ def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[],
             run_config=RunConfig(
                 # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.
                 name=f"attempt-{uuid.uuid4().hex[:8]}",
-                storage_path=folder.path(".ray"),
+                storage_path=records.location,
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
             ),
         )
@@ -100,6 +101,8 @@ def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[],
             result = _fit(trainer, poll)
         except TrainingFailedError as error:
             raise _cause_of(error) from error
+        finally:
+            records.remove_all()
     outcome: Outcome | GraftstackError = result.return_value
     if isinstance(outcome, GraftstackError):
         raise outcome

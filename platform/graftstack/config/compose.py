@@ -157,9 +157,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     file = re.match(r"In '([^']+)'", str(error))
     where = f"conf/{file[1]}.yaml: " if file else ""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    lines = lines[1:] if file and not error.__cause__ else lines
+    lines = [line for line in lines if not line.endswith("raised while composing config:")]
     full_key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     given = next((override for override in overrides if _key_of(override) == full_key), full_key)
-    problem = lines[0].rstrip(".:") if lines else type(error).__name__
+    problem = re.sub(r"^In '[^']+': ", "", lines[0]).rstrip(".:") if lines else type(error).__name__
     subject = f"{given}: " if given else ""
     return f"{where}{subject}{problem[0].lower() + problem[1:]}; see --help for what the key takes"

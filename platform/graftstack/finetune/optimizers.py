@@ -26,6 +26,9 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[dict[str, Any]], OptimizerConfig]
 }
 
 
+_USUAL_HEAD_MULTIPLIER = {OptimizerName.adamw: 10.0, OptimizerName.sgd: 1.0}
+
+
 def build_optimizer(model: GraftedModel, config: OptimizerConfig, *, freeze_depth: int) -> torch.optim.Optimizer:
     """Returns an optimiser over all that ever trains: the groups above `freeze_depth`, and the head.
 
@@ -53,12 +56,13 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: 
 def head_multiplier(config: OptimizerConfig, *, trains_alone: bool) -> float:
     """Returns how much faster than the last layer group the head learns.
 
-    A new head starts from nothing and so may move faster than what is pretrained. On frozen features it is a convex
-    problem, which bears, and to converge in a few epochs needs, a far higher rate.
+    A new head starts from nothing and so may move faster than what is pretrained: AdamW's usual rate keeps a backbone
+    whole, SGD's suits a head as it is. On frozen features the head is a convex problem, which bears, and to converge
+    in a few epochs needs, a far higher rate.
     """
     if config.head_lr_multiplier is not None:
         return config.head_lr_multiplier
-    return 100.0 if trains_alone else 10.0
+    return _USUAL_HEAD_MULTIPLIER[config.name] * (10.0 if trains_alone else 1.0)
 
 
 def _with_and_without_decay(

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 
+from graftstack.backbones.catalog import require_known
 from graftstack.cluster.finetune import check_machine, launch, saved_overrides
 from graftstack.config.compose import compose_job
 from graftstack.report import tables
@@ -29,6 +30,7 @@ def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run
 def plan_job(job: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Checks a job and prints what it would do."""
     config = compose_job(job, overrides)
+    require_known(config.backbone.name)
     check_machine(config)
 
     from graftstack.finetune.plan import make_plan
