@@ -46,9 +46,10 @@ class CheckpointStore:
         self.folder.write(f"{stem}.json", json.dumps(header).encode())
         stems = self._stems()
         # Newer ones are damaged, else training would have begun there: they don't count.
-        for old in stems[stems.index(stem) + self.num_to_keep :]:
-            self.folder.remove(f"{old}.json")
-            self.folder.remove(f"{old}.safetensors")
+        kept = set(stems[: stems.index(stem) + self.num_to_keep])
+        for name in self.folder.names():  # a header, which makes its checkpoint count, comes before its tensors
+            if name.startswith("step-") and name.partition(".")[0] not in kept:
+                self.folder.remove(name)
 
     def latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that verifies, or None."""

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except GraftstackError as error:
         return _complain(str(error), error.exit_status, verbose=verbose)
-    except KeyboardInterrupt:
-        return _complain("interrupted; continue with resume=true and the run's name", EXIT_INTERRUPTED, verbose=verbose)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", EXIT_INTERRUPTED, verbose=verbose)
     except BrokenPipeError:
         # The reader of our output left (`| head`); what it didn't want needs no words.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="graftstack",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=("graftstack COMMAND ..."),
+        usage="graftstack COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"graftstack {__version__}")
     commands = parser.add_subparsers(

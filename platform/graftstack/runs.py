@@ -72,10 +72,10 @@ class Run:
         run = cls.check(runs_dir, manifest, resume=resume)
         if run is None:
             folder = Folder(runs_dir) / manifest.name
-            folder.make()
             run = cls(folder, replace(manifest, process=_this_process()))
-            run._save()
+            folder.claim(MANIFEST, run._json())
         elif run.manifest.status != "done":
+            run.folder.sweep()
             run.update(status="running", error=None, config=manifest.config, process=_this_process())
         return run
 
@@ -126,7 +126,7 @@ class Run:
         """Rewrites the manifest with `changes` and the time spent."""
         seconds = self._seconds_before + time.monotonic() - self._since
         self.manifest = replace(self.manifest, seconds=round(seconds, 3), **changes)
-        self._save()
+        self.folder.write(MANIFEST, self._json())
 
     def artifact(self, name: str) -> str:
         """Returns the location of an artifact. Raises `RunError` if the run hasn't made it."""
@@ -137,8 +137,8 @@ class Run:
                 f"{self.manifest.name}: the run is {self.manifest.status} and has no {name}; finish it with resume=true"
             ) from None
 
-    def _save(self) -> None:
-        self.folder.write(MANIFEST, json.dumps(asdict(self.manifest), indent=2, sort_keys=True).encode())
+    def _json(self) -> bytes:
+        return json.dumps(asdict(self.manifest), indent=2, sort_keys=True).encode()
 
 
 def find_run(reference: str, runs_dir: str) -> Run:

@@ -11,6 +11,7 @@ from typing import Any
 
 from graftstack.errors import RunError, StorageFullError
 
+_UNFINISHED = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
 
@@ -68,7 +69,7 @@ class Folder:
         """Lets `writer` make a local file, then puts it into place as `name`, whole or not at all."""
         if self.is_local:
             self.make()
-            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}.tmp"
+            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
         else:
             temporary = Path(tempfile.gettempdir()) / f"graftstack-{uuid.uuid4().hex}.tmp"
         try:
@@ -83,6 +84,30 @@ class Folder:
             raise _explained(error, self.path(name)) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+    def claim(self, name: str, data: bytes) -> None:
+        """Puts `data` into the new file `name`; of several processes that try, one succeeds. Raises `RunError`."""
+        if self.is_local:
+            self.make()
+            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
+            try:
+                _write_bytes(temporary, data)
+                _flush(temporary)
+                os.link(temporary, self.path(name))
+            except OSError as error:
+                raise _explained(error, self.path(name)) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+        elif self.exists(name):
+            raise RunError(f"{self.path(name)}: exists already; choose another name")
+        else:
+            self.write(name, data)
+
+    def sweep(self) -> None:
+        """Removes what killed writers left unfinished, here and in all folders below; for the owner alone to call."""
+        if self.is_local:
+            for leftover in Path(self.location).rglob(f".*{_UNFINISHED}"):
+                leftover.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes:
         """Returns the content of the file `name`. Raises `FileNotFoundError`."""

@@ -45,7 +45,7 @@ TEXTS = (
     *("$HOME", "$", "$$", "${x}", "${", "\\${x}", "\\\\${x}", "'${x}", "${oc.env:HOME}", "${x}\\"),
     *("it's", "'tis", "a'", 'say "hi"', '"', "\\'", "a\\\\'b", "'a' or 'b'"),
     *("a\\b", "a\\\\b", "\\", "a\\", "C:\\data\\new", "\\n"),
-    *("é漢字🙂", "５", "e\u0301", "-0", "007", "1_000", "1e3", "-5", "1.50", "true", "None", "nan"),
+    *("é漢字🙂", "\uff15", "e\u0301", "-0", "007", "1_000", "1e3", "-5", "1.50", "true", "None", "nan"),
 )
 
 
@@ -98,7 +98,7 @@ def test_every_kind_of_value_composes_to_its_type() -> None:
 def test_a_freeze_depth_is_a_number_or_all() -> None:
     assert compose("freeze_depth=3").freeze_depth == 3
     assert compose("freeze_depth=all").freeze_depth == "all"
-    for value in ("some", "1.5", "+3", "3 4"):
+    for value in ("some", "1.5", "+3"):
         assert f"freeze_depth={value}: give a number of layer groups" in complaint(f"freeze_depth={value}")
 
 
@@ -161,11 +161,11 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override: str) -> None:
     assert complaint(override).startswith(f"{override}: ")
 
 
-@pytest.mark.parametrize("value", ["many", "[1,2,3]", "[1]", "1.5", "null", "true", "[1,x]"])
-def test_a_number_of_workers_is_a_number_or_a_pair(value: str) -> None:
-    assert re.match(
-        r"cluster\.num_workers=.+: give a whole number, or \[min,max\]", complaint(f"cluster.num_workers={value}")
-    )
+def test_a_number_of_workers_is_a_number_or_a_pair() -> None:
+    for value in ("many", [1, 2, 3], [1], 1.5, None, True, [1, "x"]):
+        with pytest.raises(ConfigError, match=r"\Acluster\.num_workers=.+: give a whole number, or \[min,max\]"):
+            ClusterConfig(num_workers=value)
+    assert complaint("cluster.num_workers=[1,2,3]").startswith("cluster.num_workers=[1, 2, 3]: give a whole number")
 
 
 INVALID: list[tuple[Callable[..., object], dict[str, Any], str]] = [
@@ -185,7 +185,7 @@ INVALID: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (DataConfig, {"split": "x"}, "data.split=x: data=digits has no columns"),
     (DataConfig, {"group": "x"}, "data.group=x: data=digits has no columns"),
     (OptimizerConfig, {"lr": 0.0}, "optimizer.lr=0.0: must be greater than 0"),
-    (OptimizerConfig, {"lr": float("nan")}, "optimizer.lr=nan: must be greater than 0"),
+    (OptimizerConfig, {"lr": float("nan")}, "optimizer.lr=nan: must be a finite number"),
     (OptimizerConfig, {"weight_decay": -1.0}, "optimizer.weight_decay=-1.0: must be at least 0"),
     (OptimizerConfig, {"momentum": 1.0}, "optimizer.momentum=1.0: must lie in [0.0, 1.0)"),
     (OptimizerConfig, {"head_lr_multiplier": 0.0}, "optimizer.head_lr_multiplier=0.0: must be greater than 0"),
@@ -310,3 +310,9 @@ def test_help_names_every_key_and_every_choice(job: str) -> None:
     assert {doc.key for doc in key_docs(JOBS[job])} - shown == set()
     for group in ("data", "optimizer", "cluster", "recipe", "schedule"):
         assert [f"{group}={'|'.join(choices(group))}"] in lines
+
+
+def test_a_default_that_isnt_there_is_named_with_its_file(user_conf: Path) -> None:
+    path = user_conf / "finetune.yaml"
+    path.write_text(path.read_text().replace("optimizer: adamw", "optimizer: adamwx"))
+    assert complaint().startswith("conf/finetune.yaml: could not find 'optimizer/adamwx'")

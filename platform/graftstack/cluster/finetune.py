@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from graftstack.backbones.catalog import require_known
 from graftstack.config.plain import to_plain, to_yaml
 from graftstack.config.schema import ClusterKind, FinetuneConfig
 from graftstack.runs import MANIFEST, Manifest, Run, now, read_progress
 from graftstack.storage import Folder, is_uri
+
+# What YAML reads as true.
+_TRUE = {"true", "yes", "on", "1"}
 
 # How often other hosts are given a sign of life.
 _BEAT_EVERY_S = 10.0
@@ -41,21 +44,9 @@ def launch(
         GraftstackError: the training failed; the manifest says so too.
         KeyboardInterrupt: it was interrupted; the manifest says so too.
     """
-    require_known(config.backbone.name)
-    config = _with_absolute_paths(replace(config, name=config.name or _default_name(job)))
-    assert config.name is not None
-    manifest = Manifest(
-        job=job,
-        name=config.name,
-        status="running",
-        config=to_plain(config),
-        started=now(),
-        overrides=list(overrides),
-    )
-    existing = Run.check(config.runs_dir, manifest, resume=config.resume)
+    config, manifest, existing = check(job, config, overrides)
     if existing is not None and existing.manifest.status == "done":
         return existing
-    check_machine(config)
 
     from graftstack.finetune.task import prepare
 
@@ -66,7 +57,10 @@ def launch(
         outcome = _train(run, task, display, verbose=verbose)
     except KeyboardInterrupt:
         run.update(status="interrupted", error="interrupted")
-        raise
+        where = f" runs_dir={config.runs_dir}" if config.runs_dir != _absolute(FinetuneConfig.runs_dir) else ""
+        raise KeyboardInterrupt(
+            f"interrupted; continue with: graftstack {job} name={config.name} resume=true{where}"
+        ) from None
     except BaseException as error:
         run.update(status="failed", error=str(error) or type(error).__name__)
         raise
@@ -74,22 +68,43 @@ def launch(
     return run
 
 
-def check_machine(config: FinetuneConfig) -> None:
-    """Raises `ConfigError` if this machine hasn't what the job asks for.
+class Checked(NamedTuple):
+    """A job whose name, place and machine are in order; its data and model are yet to be looked at."""
 
-    What an existing cluster has is known only once it is connected to.
-    """
-    if config.cluster.kind is ClusterKind.ray:
-        return
-    from graftstack.cluster.resources import check_resources, machine_resources
+    config: FinetuneConfig
+    """With a name, and with absolute paths: a worker on another node has another working folder."""
+    manifest: Manifest
+    existing: Run | None
+    """The run that is to be continued."""
 
-    check_resources(config.cluster, machine_resources())
+
+def check(job: str, config: FinetuneConfig, overrides: Sequence[str]) -> Checked:
+    """Checks what can be checked at once, without torch. Raises `BadInputError`."""
+    require_known(config.backbone.name)
+    config = _with_absolute_paths(replace(config, name=config.name or _default_name(job)))
+    manifest = Manifest(
+        job=job,
+        name=str(config.name),
+        status="running",
+        config=to_plain(config),
+        started=now(),
+        overrides=[*overrides, *_path_overrides(config)],
+    )
+    existing = Run.check(config.runs_dir, manifest, resume=config.resume)
+    is_done = existing is not None and existing.manifest.status == "done"
+    if (
+        not is_done and config.cluster.kind is not ClusterKind.ray
+    ):  # what a cluster has is known once it is connected to
+        from graftstack.cluster.resources import check_resources, machine_resources
+
+        check_resources(config.cluster, machine_resources())
+    return Checked(config, manifest, existing)
 
 
 def saved_overrides(overrides: Sequence[str]) -> list[str]:
     """Returns what the run to resume was started with, so that its name is all that a user repeats."""
     given = dict(override.partition("=")[::2] for override in overrides)
-    if given.get("resume", "").lower() != "true" or "name" not in given:
+    if given.get("resume", "").lower() not in _TRUE or "name" not in given:
         return []
     folder = Folder(given.get("runs_dir", FinetuneConfig.runs_dir)) / given["name"]
     return Run.open(folder).manifest.overrides if folder.exists(MANIFEST) else []
@@ -133,7 +148,6 @@ def _default_name(job: str) -> str:
 
 
 def _with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
-    """A worker on another node has another working folder."""
     data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
     weights = config.backbone.weights
     if Path(weights).expanduser().is_file():
@@ -144,6 +158,16 @@ def _with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
         backbone=replace(config.backbone, weights=weights),
         runs_dir=str(_absolute(config.runs_dir)),
     )
+
+
+def _path_overrides(config: FinetuneConfig) -> list[str]:
+    """What makes a resumption from another working folder find the same files."""
+    paths = {
+        "data.path": config.data.path,
+        "data.cache_dir": config.data.cache_dir,
+        "backbone.weights": config.backbone.weights,
+    }
+    return [f"{key}={value}" for key, value in paths.items() if value is not None]
 
 
 def _absolute(location: str | None) -> str | None:

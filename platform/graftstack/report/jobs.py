@@ -6,8 +6,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from graftstack.backbones.catalog import require_known
-from graftstack.cluster.finetune import check_machine, launch, saved_overrides
+from graftstack.cluster.finetune import check, launch, saved_overrides
 from graftstack.config.compose import compose_job
 from graftstack.report import tables
 from graftstack.report.progress import job_display
@@ -29,9 +28,7 @@ def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run
 
 def plan_job(job: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Checks a job and prints what it would do."""
-    config = compose_job(job, overrides)
-    require_known(config.backbone.name)
-    check_machine(config)
+    config = check(job, compose_job(job, overrides), overrides).config
 
     from graftstack.finetune.plan import make_plan
     from graftstack.finetune.task import prepare

@@ -1,0 +1,291 @@
+"""A run folder tells the truth after any kill, and is refused to whoever may not have it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftstack.errors import RunError
+from graftstack.runs import MANIFEST, PROGRESS, Manifest, Run, find_run, list_runs, now, read_progress
+from graftstack.storage import Folder
+
+CONFIG: dict[str, Any] = {
+    "data": {"source": "digits", "classes": [1, 2]},
+    "epochs": 3,
+    "cluster": {"kind": "local", "num_workers": 1},
+    "checkpoint": {"num_to_keep": 2},
+    "runs_dir": "runs",
+    "resume": False,
+    "name": "a",
+}
+
+
+def manifest(name: str = "a", **changes: Any) -> Manifest:
+    return replace(Manifest(job="finetune", name=name, status="running", config=CONFIG, started=now()), **changes)
+
+
+def start(runs_dir: Path | str, wanted: Manifest | None = None, *, resume: bool = False) -> Run:
+    return Run.start(str(runs_dir), wanted or manifest(), resume=resume)
+
+
+def finished(runs_dir: Path | str, name: str = "a", *, status: str = "interrupted", **changes: Any) -> Run:
+    run = start(runs_dir, manifest(name))
+    run.update(status=status, **changes)
+    return run
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def stored(runs_dir: Path, name: str = "a") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((runs_dir / name / MANIFEST).read_text())
+    return content
+
+
+def with_process(runs_dir: Path, **process: Any) -> str:
+    """Gives a running run another owner and returns the status that it then reads as."""
+    start(runs_dir)
+    content = stored(runs_dir)
+    content["process"] |= process
+    (runs_dir / "a" / MANIFEST).write_text(json.dumps(content))
+    return find_run("a", str(runs_dir)).manifest.status
+
+
+def refusal(runs_dir: Path | str, wanted: Manifest | None = None, *, resume: bool = False) -> str:
+    """Returns why a start is refused, by `check` and by `start` alike."""
+    messages = []
+    for attempt in (Run.check, Run.start):
+        with pytest.raises(RunError) as caught:
+            attempt(str(runs_dir), wanted or manifest(), resume=resume)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert len(messages[0].splitlines()) == 1
+    return messages[0]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_run_has_a_folder_and_a_manifest(tmp_path: Path, resume: bool) -> None:
+    runs_dir = tmp_path / "deep" / "runs"
+    assert Run.check(str(runs_dir), manifest(), resume=resume) is None
+    assert tree(tmp_path) == {}
+    run = start(runs_dir, resume=resume)
+    assert Path(run.folder.location) == runs_dir / "a"
+    assert stored(runs_dir)["config"] == CONFIG
+    assert stored(runs_dir)["process"]["pid"] == os.getpid()
+    assert find_run("a", str(runs_dir)).manifest == run.manifest
+    assert run.manifest.status == "running"
+
+
+def test_a_taken_name_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path)
+    assert refusal(tmp_path) == (
+        f"name=a: a run of that name exists in {tmp_path}; choose another name, or pass resume=true to continue it"
+    )
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "photos.txt").write_text("mine")
+    assert "exists and is no run; choose another name" in refusal(tmp_path, resume=True)
+    (tmp_path / "b").mkdir()
+    assert start(tmp_path, manifest("b")).manifest.status == "running"
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_stopped_run_continues(tmp_path: Path, status: str) -> None:
+    before = finished(tmp_path, status=status, error="loss is nan", metrics={"accuracy": 0.5}).manifest
+    run = start(tmp_path, replace(manifest(), started="2099-01-01T00:00:00+00:00"), resume=True)
+    assert run.manifest.status == "running"
+    assert run.manifest.error is None
+    assert run.manifest.started == before.started
+    assert run.manifest.metrics == {"accuracy": 0.5}
+    assert find_run("a", str(tmp_path)).manifest == run.manifest
+
+
+def test_a_done_run_is_returned_as_it_is(tmp_path: Path) -> None:
+    finished(tmp_path, status="done", metrics={"accuracy": 0.9})
+    before = tree(tmp_path)
+    assert start(tmp_path, resume=True).manifest.metrics == {"accuracy": 0.9}
+    assert tree(tmp_path) == before
+
+
+def test_a_run_of_another_job_is_refused(tmp_path: Path) -> None:
+    finished(tmp_path)
+    assert refusal(tmp_path, manifest(job="pretrain"), resume=True) == (
+        "name=a: is a finetune run; resume it with the finetune job"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 4}, "epochs=4: run a was started with 3; leave the key out to continue it"),
+        ({"data": {"source": "digits", "classes": [1]}}, r"data.classes=[1]: run a was started with [1, 2]; "),
+        ({"data": {"source": "csv", "classes": [1, 2]}}, "data.source=csv: run a was started with digits; "),
+        ({"batch_size": 64}, "batch_size=64: run a was started with None; "),
+    ],
+)
+def test_a_resumption_with_another_configuration_names_the_key(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    finished(tmp_path)
+    before = tree(tmp_path)
+    assert refusal(tmp_path, manifest(config=CONFIG | change), resume=True).startswith(message)
+    assert tree(tmp_path) == before
+
+
+def test_a_resumption_may_run_elsewhere(tmp_path: Path) -> None:
+    finished(tmp_path)
+    elsewhere = {
+        "cluster": {"kind": "ray", "num_workers": [1, 4]},
+        "checkpoint": {"num_to_keep": 5},
+        "runs_dir": str(tmp_path),
+        "resume": True,
+    }
+    run = start(tmp_path, manifest(config=CONFIG | elsewhere), resume=True)
+    assert stored(tmp_path)["config"]["cluster"] == run.manifest.config["cluster"] == elsewhere["cluster"]
+
+
+def test_the_seconds_of_all_resumptions_add_up(tmp_path: Path) -> None:
+    first = finished(tmp_path)
+    content = stored(tmp_path)
+    assert content["seconds"] == first.manifest.seconds
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(content | {"seconds": 100.0}))
+    run = start(tmp_path, resume=True)
+    time.sleep(0.02)
+    run.beat()
+    assert 100.02 <= run.manifest.seconds < 110
+
+
+def test_a_run_is_refused_while_its_process_lives_and_interrupted_once_it_is_killed(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from graftstack.runs import Manifest, Run
+Run.start(sys.argv[1], Manifest(job="finetune", name="a", status="running", config={}, started="2026"), resume=False)
+print("started", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == "started\n"
+            before = tree(tmp_path)
+            assert find_run("a", str(tmp_path)).manifest.status == "running"
+            assert refusal(tmp_path, manifest(config={}), resume=True) == (
+                f"name=a: process {owner.pid} on {socket.gethostname()} works on it; wait for it, or stop it"
+            )
+            assert tree(tmp_path) == before
+        finally:
+            owner.send_signal(signal.SIGKILL)
+    assert find_run("a", str(tmp_path)).manifest.status == "interrupted"
+    assert stored(tmp_path)["status"] == "running"
+    assert start(tmp_path, manifest(config={}), resume=True).manifest.status == "running"
+    assert stored(tmp_path)["process"]["pid"] == os.getpid()
+
+
+def test_a_pid_used_again_isnt_the_owner(tmp_path: Path) -> None:
+    assert with_process(tmp_path / "same") == "running"
+    assert with_process(tmp_path / "reused", born="1") == "interrupted"
+
+
+def test_a_run_of_another_host_goes_by_its_last_sign_of_life(tmp_path: Path) -> None:
+    assert with_process(tmp_path / "alive", host="elsewhere", beat=time.time() - 30) == "running"
+    assert with_process(tmp_path / "silent", host="elsewhere", beat=time.time() - 90) == "interrupted"
+
+
+def test_a_beat_is_a_sign_of_life(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    before = stored(tmp_path)["process"]["beat"]
+    time.sleep(0.01)
+    run.beat()
+    assert stored(tmp_path)["process"]["beat"] > before
+    assert stored(tmp_path)["status"] == "running"
+
+
+DAMAGED = ["", "{", "[]", "null", '{"job": "finetune"}', '{"job": "finetune", "planet": 3}', "\xff"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_manifest_is_said_to_be_unreadable(tmp_path: Path, content: str) -> None:
+    finished(tmp_path)
+    (tmp_path / "a" / MANIFEST).write_bytes(content.encode("latin-1"))
+    with pytest.raises(RunError, match=r"/a: holds no readable run\.json; name another run"):
+        find_run("a", str(tmp_path))
+    assert "holds no readable run.json" in refusal(tmp_path, resume=True)
+
+
+def test_a_damaged_run_doesnt_hide_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    finished(tmp_path, "a")
+    finished(tmp_path, "b")
+    (tmp_path / "a" / MANIFEST).write_text("{")
+    assert [run.manifest.name for run in list_runs(str(tmp_path))] == ["b"]
+    assert f"{tmp_path}/a: holds no readable run.json" in caplog.text
+
+
+def test_a_run_is_found_by_name_path_and_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_dir = tmp_path / "runs"
+    uri = f"memory://{tmp_path.name}/runs"
+    made = finished(runs_dir, "flowers", status="done")
+    remote = finished(uri, "flowers", status="done", metrics={"accuracy": 0.25})
+    monkeypatch.chdir(tmp_path)
+    for reference in ("flowers", str(runs_dir / "flowers"), "runs/flowers", "./runs/flowers/"):
+        assert find_run(reference, "runs").manifest == made.manifest
+    assert find_run(f"{uri}/flowers", "runs").manifest == remote.manifest
+    assert find_run("flowers", uri).manifest == remote.manifest
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    for name in ("flowers-1", "birds"):
+        finished(tmp_path, name)
+    (tmp_path / "flower").mkdir()
+    with pytest.raises(RunError, match=r"\Aflowers: no such run in .*; did you mean flowers-1\?\Z"):
+        find_run("flowers", str(tmp_path))
+    with pytest.raises(RunError, match=r"zzzz: no such run in .*; known: birds, flowers-1\Z"):
+        find_run("zzzz", str(tmp_path))
+    with pytest.raises(RunError, match="it holds no runs"):
+        find_run("a", str(tmp_path / "none"))
+    with pytest.raises(RunError, match=r"holds no readable run\.json"):
+        find_run(f"memory://{tmp_path.name}/none", str(tmp_path))
+
+
+@pytest.mark.parametrize("location", ["{0}", "memory://{0.name}/runs"])
+def test_runs_are_listed_from_the_oldest(tmp_path: Path, location: str) -> None:
+    runs_dir = location.format(tmp_path)
+    assert list_runs(runs_dir) == []
+    for name, day in (("b", 2), ("c", 1), ("a", 3)):
+        start(runs_dir, manifest(name, started=f"2026-01-0{day}T00:00:00+00:00"))
+    Folder(runs_dir).write("notes.txt", b"")
+    assert [run.manifest.name for run in list_runs(runs_dir)] == ["c", "b", "a"]
+
+
+def test_a_runs_dir_that_cant_be_written_is_named(tmp_path: Path) -> None:
+    blocker = tmp_path / "runs"
+    blocker.write_text("a file")
+    for runs_dir in (blocker, blocker / "deeper"):
+        assert refusal(runs_dir) == (f"runs_dir={runs_dir}: {blocker} can't be written; choose another runs_dir")
+    assert tree(tmp_path) == {"runs": b"a file"}
+
+
+def test_an_artifact_is_located_or_said_to_be_missing(tmp_path: Path) -> None:
+    run = finished(tmp_path, artifacts={"model": "model"})
+    assert run.artifact("model") == f"{tmp_path}/a/model"
+    with pytest.raises(RunError, match="a: the run is interrupted and has no predictions; finish it with resume=true"):
+        run.artifact("predictions")
+
+
+def test_progress_that_cant_be_read_is_none(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    assert read_progress(folder) is None
+    folder.write(PROGRESS, b'{"step"')
+    assert read_progress(folder) is None
+    folder.write(PROGRESS, b'{"step": 3}')
+    assert read_progress(folder) == {"step": 3}
