@@ -21,3 +21,11 @@ def real_data() -> Path:
 def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps decoded images out of the user's own cache."""
     os.environ["GRAFTSTACK_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors gain nothing from threads, and pay for them where tests run side by side."""
+    import torch
+
+    torch.set_num_threads(1)

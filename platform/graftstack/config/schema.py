@@ -181,7 +181,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     """sgd only."""
     head_lr_multiplier: float | None = None
-    """The head learns at lr * head_lr_multiplier; null: 10 (sgd: 1), and ten times that while nothing else trains."""
+    """The head learns at lr * head_lr_multiplier; null: as suits the scale of the features."""
     layer_decay: float = 1.0
     """Layer group i of n learns at lr * layer_decay ** (n - 1 - i): discriminative learning rates."""
 

@@ -26,9 +26,6 @@ OPTIMIZERS: dict[OptimizerName, Callable[[list[dict[str, Any]], OptimizerConfig]
 }
 
 
-_USUAL_HEAD_MULTIPLIER = {OptimizerName.adamw: 10.0, OptimizerName.sgd: 1.0}
-
-
 def build_optimizer(model: GraftedModel, config: OptimizerConfig, *, freeze_depth: int) -> torch.optim.Optimizer:
     """Returns an optimiser over all that ever trains: the groups above `freeze_depth`, and the head.
 
@@ -51,18 +48,6 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: 
     """Sets each group's learning rate to `factor` of its peak, and the head's to `head_multiplier` times that."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor * (head_multiplier if group["is_head"] else 1.0)
-
-
-def head_multiplier(config: OptimizerConfig, *, trains_alone: bool) -> float:
-    """Returns how much faster than the last layer group the head learns.
-
-    A new head starts from nothing and so may move faster than what is pretrained: AdamW's usual rate keeps a backbone
-    whole, SGD's suits a head as it is. On frozen features the head is a convex problem, which bears, and to converge
-    in a few epochs needs, a far higher rate.
-    """
-    if config.head_lr_multiplier is not None:
-        return config.head_lr_multiplier
-    return _USUAL_HEAD_MULTIPLIER[config.name] * (10.0 if trains_alone else 1.0)
 
 
 def _with_and_without_decay(

@@ -35,13 +35,13 @@ def data_of_run(run: Run) -> DataConfig:
 def data_at(location: str, like: DataConfig) -> DataConfig:
     """Returns the data at `location`, read as the run's own data were where that applies.
 
-    `location` is a Parquet or CSV file, a folder of images, or `digits`; a folder is one of Parquet files if the run
-    learnt from such.
+    `location` is a Parquet or CSV file, a folder of images, or `digits`; a folder is one of Parquet files if it
+    holds some and the run learnt from such.
     """
     if location == Source.digits.value:
         return DataConfig(source=Source.digits, classes=like.classes if like.source is Source.digits else [])
     source = _SOURCE_OF_SUFFIX.get(PurePosixPath(location).suffix.lower(), Source.image_folder)
-    if source is Source.image_folder and like.source is Source.parquet:
+    if source is Source.image_folder and like.source is Source.parquet and _holds_parquet(location):
         source = Source.parquet
     if source is like.source:
         return replace(like, path=location, num_train_per_class=None)
@@ -95,6 +95,10 @@ def write_predictions(table: pa.Table, out: str) -> None:
     """Writes the Parquet file `out`, a path or URI, whole or not at all."""
     parent, _, name = out.rpartition("/")
     Folder(parent or ".").write(name, parquet_bytes(table))
+
+
+def _holds_parquet(location: str) -> bool:
+    return any(PurePosixPath(name).suffix in _SOURCE_OF_SUFFIX for name in Folder(location).names())
 
 
 def _rows_of(images: ImageData, part: str) -> np.ndarray:

@@ -14,9 +14,10 @@ from graftstack.checkpoint import Checkpoint, CheckpointStore
 from graftstack.config.schema import Precision, Select
 from graftstack.errors import TrainingError
 from graftstack.finetune.batches import Sharding, StepBatches, normalize, prefetch, step_batches
+from graftstack.finetune.head_rate import HeadRate
 from graftstack.finetune.inference import predict_logits
 from graftstack.finetune.metrics import classification_metrics
-from graftstack.finetune.optimizers import build_optimizer, head_multiplier, set_lr
+from graftstack.finetune.optimizers import build_optimizer, set_lr
 from graftstack.finetune.phases import Phase
 from graftstack.finetune.schedules import lr_factor
 from graftstack.finetune.state import Position, pack, unpack
@@ -73,6 +74,7 @@ class Training:
         self.on_progress = on_progress
         self.model = task.model.to(worker.device)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, freeze_depth=task.freeze_depth)
+        self.head_rate = HeadRate(task, worker.device)
         self.class_weights = task.class_weights.to(worker.device)
         self.store = CheckpointStore(checkpoints, num_to_keep=self.config.checkpoint.num_to_keep)
         # Two, because the newest may be of an epoch that a resumed run has yet to repeat.
@@ -128,8 +130,7 @@ class Training:
             num_steps=phase.schedule_stop - phase.schedule_start,
         )
         trains_alone = phase.freeze_depth >= self.model.head_boundary
-        multiplier = head_multiplier(self.config.optimizer, trains_alone=trains_alone)
-        set_lr(self.optimizer, factor, head_multiplier=multiplier)
+        set_lr(self.optimizer, factor, head_multiplier=self.head_rate.multiplier(trains_alone=trains_alone))
         # Dropout is a function of the step and not of what ran before it, so that resuming changes nothing.
         torch.manual_seed(derive_seed(self.config.seed, "step", batches.step, self.worker.rank))
         self._losses.append(self._backward(wrapped, batches))
