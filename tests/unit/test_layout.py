@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from graftstack.config.compose import compose_job
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"([a-z0-9][a-z0-9.-]*)==([0-9][A-Za-z0-9.+!]*)")
@@ -60,3 +63,15 @@ def test_every_dependency_is_pinned() -> None:
     asked = requirements()
     assert {"torch", "ray", "scikit-learn", "hydra-core", "pytest"} <= set(asked)
     assert [name for name in asked if name not in pins()] == []
+
+
+def test_the_kubernetes_job_runs_a_command_that_composes_and_resumes_by_itself() -> None:
+    job = yaml.safe_load((ROOT / "k8s/job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    program, name = container["command"]
+    config = compose_job(name, container["args"])
+    assert program == "graftstack"
+    assert config.resume
+    assert config.name
+    claimed = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert all(any(path.startswith(mount) for mount in claimed) for path in (config.runs_dir, str(config.data.path)))

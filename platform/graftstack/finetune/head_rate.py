@@ -7,9 +7,10 @@ the feature vector; a step of SGD by the learning rate times its squared 2-norm.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftstack.config.schema import OptimizerName
 from graftstack.finetune.batches import normalize
@@ -18,9 +19,17 @@ from graftstack.finetune.task import Task
 # Enough for a mean to a few per cent, and cheap on any backbone.
 _NUM_SAMPLED = 64
 
-# What the multiplier is for features of norm 1, while the backbone trains too. Chosen on CIFAR-100 features of
-# ResNet-20 and SqueezeNet, whose 1-norms are 44 and 5,800 and which want the same number.
-_AT_NORM_ONE = {OptimizerName.adamw: 440.0, OptimizerName.sgd: 48.0}
+
+class _Usual(NamedTuple):
+    """The multiplier while the backbone trains too: `most` up to `norm`, and in inverse proportion beyond."""
+
+    most: float
+    norm: float
+
+
+# Chosen on CIFAR-100 features of ResNet-20 and SqueezeNet, whose 1-norms are 44 and 5,800. Smaller norms, as of random
+# weights, say nothing of what the features will be and don't raise the rate.
+_USUAL = {OptimizerName.adamw: _Usual(10.0, 44.0), OptimizerName.sgd: _Usual(1.0, 48.0)}
 
 # On frozen features the head is a convex problem, which bears, and to converge in a few epochs needs, a higher rate.
 _ALONE = 20.0
@@ -37,9 +46,11 @@ class HeadRate:
     def __init__(self, task: Task, device: torch.device) -> None:
         config = task.config.optimizer
         self._given = config.head_lr_multiplier
-        if self._given is None and not isinstance(task.model.head, nn.Linear):
+        if self._given is None and task.config.backbone.keep_head:
             self._given = 1.0  # a head that comes with its backbone has learnt already
-        self._usual = 0.0 if self._given is not None else _AT_NORM_ONE[config.name] / _mean_norm(task, device)
+        if self._given is None:
+            most, norm = _USUAL[config.name]
+            self._usual = most * norm / max(norm, _mean_norm(task, device))
 
     def multiplier(self, *, trains_alone: bool) -> float:
         """Returns by how much the head's learning rate exceeds that of the last layer group."""
@@ -53,5 +64,4 @@ def _mean_norm(task: Task, device: torch.device) -> float:
     backbone = task.model.backbone.eval()
     images = task.data.images.batch(task.data.splits.train[:_NUM_SAMPLED])
     features = backbone(normalize(images, task.preprocessing, device))
-    norm = float(_NORM[task.config.optimizer.name](features.float()).mean())
-    return norm if norm > 0 else 1.0
+    return float(_NORM[task.config.optimizer.name](features.float()).mean())
