@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def embedded_ray() -> Iterator[None]:
+    """A running Ray on this machine, which jobs of the test process join: starting one costs seconds."""
+    from graftstack.cluster.session import ray_session
+    from graftstack.config.schema import ClusterConfig
+
+    with ray_session(ClusterConfig(), verbose=False):
+        yield

@@ -52,7 +52,7 @@ class CheckpointStore:
                 self.folder.remove(name)
 
     def latest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None."""
+        """Returns the newest checkpoint that verifies, or None. Raises `OSError` where the folder can't be read."""
         return next(filter(None, map(self._verified, self._stems())), None)
 
     def load(self, step: int) -> Checkpoint | None:
@@ -68,7 +68,7 @@ class CheckpointStore:
             content = self.folder.read(f"{stem}.safetensors")
             if header.pop("sha256") == _digest(content, header):
                 return Checkpoint(header["step"], load(content), header["meta"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             pass
         log.warning("%s: damaged, so an older checkpoint is used", self.folder.path(stem))
         return None

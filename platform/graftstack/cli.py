@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
@@ -15,6 +17,11 @@ from typing import Any, NoReturn
 from graftstack import __version__
 from graftstack.config.jobs import JOBS
 from graftstack.errors import BadInputError, GraftstackError
+
+# What swallows an interrupt, or fails by it in ways of its own: modules half imported, and what reads configurations.
+# All of it is over soon, so a signal that comes amid it waits, and looks again this often.
+_DEAF = {"importlib", "hydra", "omegaconf"}
+_LOOK_AGAIN_S = 0.05
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -38,13 +45,13 @@ around them:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
     verbose = "-v" in words or "--verbose" in words
     _quiet(verbose=verbose)
     try:
-        options = _parser().parse_args(words)
-        status: int = options.run(options)
-        sys.stdout.flush()
+        with _interruptible():
+            options = _parser().parse_args(words)
+            status: int = options.run(options)
+            print(end="", flush=True)  # does nothing where stdout is closed
     except GraftstackError as error:
         return _complain(str(error), error.exit_status, verbose=verbose)
     except KeyboardInterrupt as error:
@@ -101,11 +108,10 @@ def _runs(options: argparse.Namespace) -> int:
         shown = [_shown(manifest) for manifest in manifests]
         print(json.dumps(shown[0] if options.action == "show" else shown, indent=2))
         return EXIT_DONE
-    from rich.console import Console
-
     from graftstack.report import tables
+    from graftstack.report.console import plain_console
 
-    console = Console()
+    console = plain_console()
     match options.action:
         case "list" if not manifests:
             console.print(f"no runs in {options.runs_dir}", highlight=False)
@@ -220,8 +226,34 @@ def _add(
     return command
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM interrupt the block as Ctrl-C does; SIGINT stays ignored where a shell put us in the background."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises `KeyboardInterrupt`: at once, or when the caller's imports are done, unless it is asked for again."""
+    is_asked_again = number != signal.SIGALRM and signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    if _is_in(_DEAF, frame) and not is_asked_again:
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
+        return
+    signal.setitimer(signal.ITIMER_REAL, 0)
     raise KeyboardInterrupt
+
+
+def _is_in(packages: set[str], frame: FrameType | None) -> bool:
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] not in packages:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _quiet(*, verbose: bool) -> None:
@@ -235,5 +267,10 @@ def _quiet(*, verbose: bool) -> None:
 def _complain(message: str, status: int, *, verbose: bool) -> int:
     if verbose:
         logging.getLogger(__name__).info("traceback", exc_info=True)
-    print(f"graftstack: {message}", file=sys.stderr)
+    print(f"graftstack: {_one_line(message)}", file=sys.stderr)
     return status
+
+
+def _one_line(message: str) -> str:
+    """Escapes line breaks and control characters, which names, paths and other libraries' messages may hold."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)

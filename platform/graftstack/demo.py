@@ -11,6 +11,7 @@ from rich.table import Table
 from graftstack.cluster.finetune import launch
 from graftstack.config.compose import compose_job
 from graftstack.errors import RunError
+from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
 from graftstack.report.tables import number
 from graftstack.runs import Run, list_runs
@@ -50,7 +51,7 @@ def run_demo(runs_dir: str) -> None:
         RunError: the folder holds something else.
     """
     _clear(Path(runs_dir))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     console.print("1. pretraining a conv4 on the digits 0-4", highlight=False)
     base = _run("pretrain", runs_dir, _BASE, console)
     accuracy = number(base.manifest.metrics["accuracy"])
@@ -62,8 +63,8 @@ def run_demo(runs_dir: str) -> None:
         console.print(
             f"   {contender.title}: accuracy {number(runs[-1].manifest.metrics['accuracy'])}", highlight=False
         )
-    Console().print(_table(runs))
-    Console().print(
+    plain_console().print(_table(runs))
+    plain_console().print(
         f"runs: {runs_dir} (graftstack runs --runs-dir {runs_dir}; graftstack runs show lp-ft --runs-dir {runs_dir})",
         highlight=False,
         soft_wrap=True,
@@ -72,13 +73,15 @@ def run_demo(runs_dir: str) -> None:
 
 def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) -> Run:
     everything = [*_COMMON, f"runs_dir={runs_dir}", *overrides]
-    with job_display(Console(stderr=True, quiet=not console.is_terminal)) as display:
+    with job_display(plain_console(stderr=True, quiet=not console.is_terminal)) as display:
         return launch(job, compose_job(job, everything), overrides=everything, display=display)
 
 
 def _clear(folder: Path) -> None:
     if not folder.exists():
         return
+    if not folder.is_dir():
+        raise RunError(f"--runs-dir {folder}: a file, not a folder; choose another")
     known = {"digits-0-4", *(contender.name for contender in _CONTENDERS)}
     found = {run.manifest.name for run in list_runs(str(folder))}
     if strange := {path.name for path in folder.iterdir()} - (known & found):

@@ -40,6 +40,10 @@ class TrainingError(GraftstackError):
     """Training started and failed, e.g. the loss became NaN."""
 
 
+class OutOfMemoryError(GraftstackError):
+    """The device has no room for a step; other ranks of a group may have had it."""
+
+
 class StorageFullError(GraftstackError):
     """Writing failed half-way; what was there before is untouched."""
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from graftstack.config.plain import flatten
 from graftstack.errors import RunError, did_you_mean
 from graftstack.storage import Folder, is_uri
 
@@ -30,7 +31,7 @@ PROGRESS = "progress.json"
 _SILENCE_S = 60.0
 
 # Keys that say where and how often to run, not what to compute: they may differ between a run and its resumption.
-_FREE_KEYS = {"resume", "runs_dir", "cluster", "checkpoint", "name"}
+_FREE_KEYS = ("resume", "runs_dir", "cluster.", "checkpoint.", "name", "data.cache_dir", "data.cache_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ class Manifest:
     error: str | None = None
     process: dict[str, Any] = field(default_factory=dict)
     """Host and process that work on the run."""
+
+
+# What a manifest that was read must hold; damage that is still JSON is damage too.
+_TYPES = {
+    **dict.fromkeys(("job", "name", "status", "started"), str),
+    **dict.fromkeys(("config", "metrics", "artifacts", "details", "process"), dict),
+    "seconds": int | float,
+    "overrides": list,
+    "error": str | None,
+}
+_PROCESS_TYPES = {"host": str, "pid": int, "beat": int | float}
 
 
 class Run:
@@ -112,7 +124,10 @@ class Run:
         """Reads a run folder. A run whose process is gone reads as interrupted. Raises `RunError`."""
         try:
             manifest = Manifest(**json.loads(folder.read(MANIFEST)))
-        except (OSError, ValueError, TypeError) as error:
+            _check_types(vars(manifest), _TYPES)
+            if manifest.process:
+                _check_types(manifest.process, _PROCESS_TYPES)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"{folder.location}: holds no readable {MANIFEST}; name another run") from error
         if manifest.status == "running" and _is_gone(manifest.process):
             manifest = replace(manifest, status="interrupted")
@@ -156,6 +171,8 @@ def find_run(reference: str, runs_dir: str) -> Run:
 def list_runs(runs_dir: str) -> list[Run]:
     """Returns the runs of a folder, oldest first; warns of those that can't be read."""
     root = Folder(runs_dir)
+    if root.is_local and Path(root.location).is_file():
+        raise RunError(f"runs_dir={root.location}: a file, not a folder; choose another runs_dir")
     runs = []
     for name in _run_names(root):
         try:
@@ -182,33 +199,28 @@ def _run_names(root: Folder) -> list[str]:
     return [name for name in root.names() if root.exists(f"{name}/{MANIFEST}")]
 
 
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raises `TypeError` where a value that was read isn't of its type."""
+    for key, kind in types.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key}: {values[key]!r}")
+
+
 def _check_writable(root: Folder) -> None:
-    if not root.is_local:
-        return
-    nearest = Path(root.location)
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"runs_dir={root.location}: {nearest} can't be written; choose another runs_dir")
+    if obstacle := root.obstacle():
+        raise RunError(f"runs_dir={root.location}: {obstacle} can't be written; choose another runs_dir")
 
 
 def _check_same(old: Manifest, new: Manifest) -> None:
     if old.job != new.job:
         raise RunError(f"name={new.name}: is a {old.job} run; resume it with the {old.job} job")
-    before, after = _flat(old.config), _flat(new.config)
-    for key in sorted(before.keys() | after.keys()):
-        if key.split(".")[0] not in _FREE_KEYS and before.get(key) != after.get(key):
+    before, after = flatten(old.config), flatten(new.config)
+    for key in sorted(before.keys() & after.keys()):  # a key that only one version knows says nothing
+        if not key.startswith(_FREE_KEYS) and before[key] != after[key]:
             raise RunError(
-                f"{key}={after.get(key)}: run {new.name} was started with {before.get(key)}; leave the key out to "
+                f"{key}={after[key]}: run {new.name} was started with {before[key]}; leave the key out to "
                 "continue it, or choose another name"
             )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _this_process() -> dict[str, Any]:

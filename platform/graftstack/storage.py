@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ from graftstack.errors import RunError, StorageFullError
 
 _UNFINISHED = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
 
 
@@ -29,8 +31,11 @@ class Folder:
     """
 
     def __init__(self, location: str | Path) -> None:
-        text = str(location)
-        self.location = text.rstrip("/") if is_uri(text) else str(Path(text).expanduser().absolute())
+        text = str(location).removeprefix("file://")
+        try:
+            self.location = text.rstrip("/") if is_uri(text) else str(Path(text).expanduser().absolute())
+        except RuntimeError as error:
+            raise RunError(f"{text}: no user of that name has a home here; give the whole path") from error
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(self.path(name))
@@ -52,12 +57,21 @@ class Folder:
         """Returns the location of a file of this folder."""
         return f"{self.location}/{name}"
 
-    def make(self, *, exist_ok: bool = True) -> None:
-        """Creates the folder and its parents. Raises `RunError` where that is refused or, if asked, it exists."""
+    def obstacle(self) -> Path | None:
+        """Returns what forbids to write here: the folder or the nearest one above it that exists; None if nothing."""
+        if not self.is_local:
+            return None
+        nearest = Path(self.location)
+        while not nearest.exists():
+            nearest = nearest.parent
+        return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+
+    def make(self) -> None:
+        """Creates the folder and its parents. Raises `RunError` where that is refused."""
         if not self.is_local:
             return
         try:
-            Path(self.location).mkdir(parents=True, exist_ok=exist_ok)
+            Path(self.location).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _explained(error, self.location) from error
 
@@ -93,7 +107,7 @@ class Folder:
             try:
                 _write_bytes(temporary, data)
                 _flush(temporary)
-                os.link(temporary, self.path(name))
+                _put_new(temporary, Path(self.path(name)))
             except OSError as error:
                 raise _explained(error, self.path(name)) from error
             finally:
@@ -119,7 +133,10 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         """Returns whether the file or folder `name`, or the folder itself, is there."""
         target = self.path(name) if name else self.location
-        return Path(target).exists() if self.is_local else bool(self._remote().exists(target))
+        if self.is_local:
+            return Path(target).exists()
+        with self._reaching():
+            return bool(self._remote().exists(target))
 
     def names(self) -> list[str]:
         """Returns the sorted names of what the folder holds; of a folder that isn't there, none."""
@@ -130,7 +147,8 @@ class Folder:
             remote = self._remote()
             remote.invalidate_cache()
             try:
-                found = [PurePosixPath(entry).name for entry in remote.ls(self.location, detail=False)]
+                with self._reaching():
+                    found = [PurePosixPath(entry).name for entry in remote.ls(self.location, detail=False)]
             except FileNotFoundError:
                 found = []
         return sorted(name for name in found if not name.startswith("."))
@@ -149,6 +167,17 @@ class Folder:
         elif self.exists():
             self._remote().rm(self.location, recursive=True)
 
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turns what a remote file system says when it can't be asked into `RunError`."""
+        try:
+            yield
+        except (FileNotFoundError, RunError):
+            raise
+        except Exception as error:  # each file system has exceptions of its own
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise RunError(f"{self.location}: can't be reached ({said}); check the address and the access") from error
+
     def _remote(self) -> Any:
         import fsspec
 
@@ -162,6 +191,16 @@ class Folder:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def _put_new(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,7 @@ from graftstack.config.compose import choices, compose_job
 from graftstack.config.docs import key_docs
 from graftstack.config.jobs import JOBS
 from graftstack.config.paths import conf_dir
-from graftstack.config.plain import to_plain
+from graftstack.config.plain import flatten, to_plain
 from graftstack.config.schema import (
     Augment,
     BackboneConfig,
@@ -33,7 +33,6 @@ from graftstack.config.schema import (
 )
 from graftstack.errors import ConfigError
 from graftstack.report.explain import job_help
-from graftstack.runs import _flat
 
 TEXT_KEYS = (
     *("data.path", "data.name", "data.image", "data.label", "data.split", "data.group", "data.cache_dir"),
@@ -64,7 +63,7 @@ def complaint(*overrides: str, job: str = "finetune") -> str:
 def test_text_arrives_byte_for_byte() -> None:
     for start in range(0, len(TEXTS), len(TEXT_KEYS)):
         given = dict(zip(TEXT_KEYS, TEXTS[start:], strict=False))
-        composed = _flat(to_plain(compose("data=csv", "data.image=x", "data.path=x", *map("=".join, given.items()))))
+        composed = flatten(to_plain(compose("data=csv", "data.image=x", "data.path=x", *map("=".join, given.items()))))
         assert {key: composed[key] for key in given} == given
 
 
@@ -295,7 +294,7 @@ print(*sorted({"torch", "ray", "sklearn", "pyarrow", "numpy", "hydra"} & sys.mod
 @pytest.mark.parametrize("job", JOBS)
 def test_every_key_has_an_explanation_and_the_default_that_composes(job: str) -> None:
     docs = {doc.key: doc for doc in key_docs(JOBS[job])}
-    composed = _flat(to_plain(compose_job(job, [])))
+    composed = flatten(to_plain(compose_job(job, [])))
     assert docs.keys() == composed.keys()
     assert [key for key, doc in docs.items() if len(doc.text.strip()) < 5] == []
     typed = {key: "null" if value is None else str(value) for key, value in composed.items()}

@@ -159,7 +159,8 @@ def test_each_recipe_setting_learns(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_learning_rate(tmp_path: Path) -> None:
     with pytest.raises(
-        TrainingError, match=r"the loss is (nan|inf) at step \d+ \(learning rate 1e\+30\); lower optimizer.lr"
+        TrainingError,
+        match=r"the loss is (nan|inf) at step \d+ \(learning rate 1e\+30\); start a new run with a lower optimizer.lr",
     ):
         run_job(tmp_path, "name=diverged", "optimizer.lr=1e30", "schedule=constant", "schedule.warmup_fraction=0")
     manifest = json.loads((tmp_path / "runs/diverged/run.json").read_text())

@@ -1,8 +1,11 @@
 """Weights by name: torchvision's enums, and timm's own."""
 
+import io
+import logging
 import pickle
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +52,10 @@ def _read_torchvision(name: str, spec: str) -> dict[str, Tensor]:
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     remedy = f"put the file into {cache}/{filename}, or give backbone.weights=/path/to/{filename}"
     try:
-        state: dict[str, Tensor] = entry.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
-        )
+        with redirect_stdout(io.StringIO()):  # torch.hub announces downloads there, amid what others parse
+            state: dict[str, Tensor] = entry.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, map_location="cpu", weights_only=True
+            )
     except OSError as error:  # URLError, HTTPError and timeouts are OSErrors
         reason = getattr(error, "reason", None) or error
         raise WeightsError(f"backbone.weights={spec}: can't download {entry.url} ({reason}); {remedy}") from error
@@ -75,6 +79,7 @@ def _read_timm(name: str, spec: str) -> dict[str, Tensor]:
         raise WeightsError(f"backbone.weights={spec}: timm has no weights for {name}; use none, or a file")
     import timm
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each retry
     try:
         model = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=True)
     except Exception as error:

@@ -1,7 +1,9 @@
 """Launching `finetune` and `pretrain`: check everything, open the run, train it wherever it is to run."""
 
+import shlex
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from graftstack.backbones.catalog import require_known
 from graftstack.config.plain import to_plain, to_yaml
-from graftstack.config.schema import ClusterKind, FinetuneConfig
+from graftstack.config.schema import ClusterConfig, ClusterKind, FinetuneConfig
+from graftstack.errors import BadInputError, TrainingError
 from graftstack.runs import MANIFEST, Manifest, Run, now, read_progress
 from graftstack.storage import Folder, is_uri
 
@@ -50,17 +53,37 @@ def launch(
 
     from graftstack.finetune.task import prepare
 
-    task = prepare(config, progress=display.reading)
+    with _session(config, verbose=verbose):
+        return _run(config, manifest, prepare(config, progress=display.reading), display, verbose=verbose)
+
+
+def _session(config: FinetuneConfig, *, verbose: bool) -> AbstractContextManager[None]:
+    """Connects to the cluster, where one is needed, and checks that the workers fit on it."""
+    if not needs_group(config.cluster):
+        return nullcontext()
+    from graftstack.cluster.train import cluster_session
+
+    return cluster_session(config, verbose=verbose)
+
+
+def needs_group(cluster: ClusterConfig) -> bool:
+    """Returns whether the job trains in processes of a cluster; otherwise it does in this one."""
+    return cluster.kind is ClusterKind.ray or (cluster.kind is ClusterKind.local and cluster.max_workers > 1)
+
+
+def _run(config: FinetuneConfig, manifest: Manifest, task: Any, display: Display, *, verbose: bool) -> Run:
     run = Run.start(config.runs_dir, manifest, resume=config.resume)
     run.folder.write("config.yaml", to_yaml(config).encode())
     try:
         outcome = _train(run, task, display, verbose=verbose)
     except KeyboardInterrupt:
         run.update(status="interrupted", error="interrupted")
-        where = f" runs_dir={config.runs_dir}" if config.runs_dir != _absolute(FinetuneConfig.runs_dir) else ""
-        raise KeyboardInterrupt(
-            f"interrupted; continue with: graftstack {job} name={config.name} resume=true{where}"
-        ) from None
+        where = [f"runs_dir={config.runs_dir}"] if config.runs_dir != _absolute(FinetuneConfig.runs_dir) else []
+        command = shlex.join(["graftstack", manifest.job, f"name={config.name}", "resume=true", *where])
+        raise KeyboardInterrupt(f"interrupted; continue with: {command}") from None
+    except BadInputError as error:  # met too late to leave no trace, e.g. by an image that is decoded for its batch
+        run.update(status="failed", error=str(error))
+        raise TrainingError(str(error)) from error
     except BaseException as error:
         run.update(status="failed", error=str(error) or type(error).__name__)
         raise
@@ -125,11 +148,11 @@ def _train(run: Run, task: Any, display: Display, *, verbose: bool) -> Any:
         if progress := read_progress(run.folder):
             display.training(progress)
 
+    if needs_group(config.cluster):
+        return train.train_in_group(config, run.folder, poll=poll, verbose=verbose)
     if config.cluster.kind is ClusterKind.inline:
         return train.train_inline(task, run.folder, on_progress)
-    if config.cluster.kind is ClusterKind.local and config.cluster.max_workers == 1:
-        return train.train_in_process(task, run.folder, on_progress)
-    return train.train_in_group(config, run.folder, poll=poll, verbose=verbose)
+    return train.train_in_process(task, run.folder, on_progress)
 
 
 class _Heartbeat:
@@ -150,8 +173,8 @@ def _default_name(job: str) -> str:
 def _with_absolute_paths(config: FinetuneConfig) -> FinetuneConfig:
     data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
     weights = config.backbone.weights
-    if Path(weights).expanduser().is_file():
-        weights = str(_absolute(weights))
+    if Path(file := str(_absolute(weights))).is_file():
+        weights = file
     return replace(
         config,
         data=data,
@@ -173,4 +196,4 @@ def _path_overrides(config: FinetuneConfig) -> list[str]:
 def _absolute(location: str | None) -> str | None:
     if location is None or is_uri(location):
         return location
-    return str(Path(location).expanduser().absolute())
+    return Folder(location).location

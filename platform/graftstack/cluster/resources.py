@@ -1,10 +1,10 @@
 """Whether what a job asks for exists, said before anything starts."""
 
-import os
 from typing import NamedTuple
 
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import ConfigError
+from graftstack.machine import usable_cpus
 
 
 class Resources(NamedTuple):
@@ -20,7 +20,7 @@ def machine_resources() -> Resources:
     """Returns what this machine has; CPUs that this process may not use don't count."""
     from torch.cuda import device_count
 
-    return Resources(len(os.sched_getaffinity(0)), device_count(), "this machine")
+    return Resources(usable_cpus(), device_count(), "this machine")
 
 
 def cluster_resources() -> Resources:
@@ -31,6 +31,23 @@ def cluster_resources() -> Resources:
     return Resources(int(total.get("CPU", 0)), total.get("GPU", 0.0), "the cluster")
 
 
+def check_nodes(cluster: ClusterConfig, num_cpus: int) -> None:
+    """Raises `ConfigError` if the workers, of `num_cpus` each, don't fit on the nodes there are: none is cut in two."""
+    import ray
+
+    slots = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            per_gpu = has.get("GPU", 0) // cluster.gpus_per_worker if cluster.gpus_per_worker else float("inf")
+            slots += int(min(has.get("CPU", 0) // num_cpus, per_gpu))
+    if slots < cluster.min_workers:
+        raise ConfigError(
+            f"cluster.num_workers={cluster.min_workers}: the nodes there are hold {slots} workers of {num_cpus} "
+            f"CPUs and {cluster.gpus_per_worker:g} GPUs; use fewer, or a smaller cluster.cpus_per_worker"
+        )
+
+
 def cpus_per_worker(cluster: ClusterConfig, resources: Resources) -> int:
     """Returns the CPUs, and so the threads, of each worker: as configured, or an even share."""
     return cluster.cpus_per_worker or max(1, resources.num_cpus // cluster.max_workers)
@@ -39,6 +56,11 @@ def cpus_per_worker(cluster: ClusterConfig, resources: Resources) -> int:
 def check_resources(cluster: ClusterConfig, resources: Resources) -> None:
     """Raises `ConfigError` if the least number of workers can never run at once: Ray would wait for ever."""
     num = cluster.min_workers
+    if cluster.kind is not ClusterKind.inline and (cluster.cpus_per_worker or 1) > resources.num_cpus:
+        raise ConfigError(
+            f"cluster.cpus_per_worker={cluster.cpus_per_worker}: {resources.owner} has {resources.num_cpus} CPUs; "
+            "use that many or fewer"
+        )
     needed_cpus = num * (cluster.cpus_per_worker or 1)
     if cluster.kind is not ClusterKind.inline and needed_cpus > resources.num_cpus:
         raise ConfigError(

@@ -2,11 +2,19 @@
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import ConfigError
+from graftstack.machine import usable_cpus
+from graftstack.reason import reason
+
+# How long a cluster may take to accept a connection.
+_PROBE_TIMEOUT_S = 5.0
 
 # Paths of a configuration are made absolute before they travel, so workers need no folder of their own; and Ray's
 # own progress tables, usage messages and warnings about its future are not the user's business.
@@ -28,6 +36,7 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield
@@ -35,25 +44,61 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
     if not verbose:
         quiet_ray()
     is_embedded = cluster.kind is ClusterKind.local
+    if not is_embedded:
+        _check_port(cluster.address)
     try:
-        # Ray Train's cleaner asks the dashboard for the cluster's state, and floods the log where there is none.
-        ray.init(
-            address="local" if is_embedded else cluster.address,
-            include_dashboard=True if is_embedded else None,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            configure_logging=verbose,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"cluster.address={cluster.address}: no Ray cluster answers there ({reason}); start one with "
-            "`ray start --head`, or use cluster=local"
-        ) from error
+        with _own_signal_handlers():
+            # Ray Train's cleaner asks the dashboard for the cluster's state, and floods the log where there is none.
+            ray.init(
+                address="local" if is_embedded else cluster.address,
+                num_cpus=usable_cpus() if is_embedded else None,
+                include_dashboard=True if is_embedded else None,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                configure_logging=verbose,
+            )
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        if is_embedded:
+            raise ConfigError(
+                f"cluster=local: Ray can't start on this machine ({reason(error)}); run graftstack doctor, or use "
+                "cluster=inline"
+            ) from error
+        raise _no_cluster(cluster.address, reason(error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keeps Ray from ending the process on SIGTERM, which is to leave the run resumable and say how."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_port(address: str) -> None:
+    """Raises `ConfigError` at once where nobody listens; Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, reason(error)) from error
+
+
+def _no_cluster(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"cluster.address={address}: no Ray cluster answers there ({why}); start one with `ray start --head`, or use "
+        "cluster=local"
+    )
 
 
 def quiet_ray() -> None:

@@ -2,13 +2,14 @@
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from graftstack.cluster.resources import check_resources, cluster_resources, cpus_per_worker
+from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, cpus_per_worker
 from graftstack.cluster.session import quiet_ray, ray_session
 from graftstack.cluster.worker import RayWorker
 from graftstack.config.schema import FinetuneConfig
@@ -16,6 +17,7 @@ from graftstack.errors import GraftstackError, TrainingError
 from graftstack.finetune.job import Outcome, train_rank
 from graftstack.finetune.task import Task, prepare
 from graftstack.finetune.training import Progress
+from graftstack.machine import usable_cpus
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 
@@ -40,8 +42,7 @@ def device_of(config: FinetuneConfig) -> torch.device:
 
 def train_inline(task: Task, folder: Folder, on_progress: Callable[[Progress], None]) -> Outcome:
     """Trains in this process, without Ray."""
-    if task.config.cluster.cpus_per_worker:
-        torch.set_num_threads(task.config.cluster.cpus_per_worker)
+    torch.set_num_threads(task.config.cluster.cpus_per_worker or usable_cpus())
     return train_rank(task, LocalWorker(device_of(task.config)), folder, on_progress=on_progress)
 
 
@@ -60,8 +61,25 @@ def train_in_process(task: Task, folder: Folder, on_progress: Callable[[Progress
     return outcome
 
 
+@contextmanager
+def cluster_session(config: FinetuneConfig, *, verbose: bool) -> Iterator[None]:
+    """Connects to Ray and checks that the group fits. Raises `ConfigError` before anything of the job has begun."""
+    with ray_session(config.cluster, verbose=verbose):
+        check_cluster(config)
+        yield
+
+
+def check_cluster(config: FinetuneConfig) -> int:
+    """Returns the CPUs of each worker on the connected cluster. Raises `ConfigError` if the group doesn't fit on it."""
+    resources = cluster_resources()
+    check_resources(config.cluster, resources)
+    num_cpus = cpus_per_worker(config.cluster, resources)
+    check_nodes(config.cluster, num_cpus)
+    return num_cpus
+
+
 def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[], None], verbose: bool) -> Outcome:
-    """Trains with several workers, each a process of the cluster, and calls `poll` while they work.
+    """Trains with several workers, each a process of the connected cluster, and calls `poll` while they work.
 
     A worker that is lost is replaced and the group continues from its last checkpoint, `cluster.max_failures` times.
 
@@ -74,35 +92,32 @@ def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[],
 
     cluster = config.cluster
     records = folder / ".ray"
-    with ray_session(cluster, verbose=verbose):
-        resources = cluster_resources()
-        check_resources(cluster, resources)
-        cpus = cpus_per_worker(cluster, resources)
-        is_fixed = cluster.min_workers == cluster.max_workers
-        trainer = TorchTrainer(
-            _train_share,
-            train_loop_config={"share": _Share(config, folder.location, cpus, verbose)},
-            scaling_config=ScalingConfig(
-                num_workers=cluster.max_workers if is_fixed else (cluster.min_workers, cluster.max_workers),
-                use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": cpus,
-                    **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-                },
-            ),
-            run_config=RunConfig(
-                # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.
-                name=f"attempt-{uuid.uuid4().hex[:8]}",
-                storage_path=records.location,
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-            ),
-        )
-        try:
-            result = _fit(trainer, poll)
-        except TrainingFailedError as error:
-            raise _cause_of(error) from error
-        finally:
-            records.remove_all()
+    cpus = check_cluster(config)
+    is_fixed = cluster.min_workers == cluster.max_workers
+    trainer = TorchTrainer(
+        _train_share,
+        train_loop_config={"share": _Share(config, folder.location, cpus, verbose)},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.max_workers if is_fixed else (cluster.min_workers, cluster.max_workers),
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": cpus,
+                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=records.location,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        result = _fit(trainer, poll)
+    except TrainingFailedError as error:
+        raise _cause_of(error) from error
+    finally:
+        records.remove_all()
     outcome: Outcome | GraftstackError = result.return_value
     if isinstance(outcome, GraftstackError):
         raise outcome

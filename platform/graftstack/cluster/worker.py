@@ -20,6 +20,8 @@ class RayWorker:
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
+        if self.device.type == "cuda":  # objects are gathered through the current device
+            torch.cuda.set_device(self.device)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Returns `model` under DDP, which sees only what trains: frozen parameters and all buffers stay out of it."""

@@ -12,6 +12,12 @@ def at_least(key: str, value: float | None, minimum: float) -> None:
         raise ConfigError(f"{key}={value}: must be at least {minimum}; raise it")
 
 
+def at_most(key: str, value: float | None, maximum: float) -> None:
+    """Raises `ConfigError` unless `value` is None or ``<= maximum``."""
+    if value is not None and not value <= maximum:
+        raise ConfigError(f"{key}={value}: must be at most {maximum}; lower it")
+
+
 def above(key: str, value: float | None, bound: float) -> None:
     """Raises `ConfigError` unless `value` is None, or finite and ``> bound``."""
     _finite(key, value)

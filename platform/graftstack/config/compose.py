@@ -103,6 +103,8 @@ def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> 
         key, _, value = override.partition("=")
         if key not in known:
             raise ConfigError(f"{key}={value}: unknown key; {did_you_mean(key, known)}")
+        if not value:
+            raise ConfigError(f"{key}=: has no value; give one, or leave the key out")
         if key in _groups() and key not in _SHORT_FOR and value not in choices(key):
             raise ConfigError(f"{key}={value}: unknown choice; {did_you_mean(value, choices(key))}")
 
@@ -125,9 +127,11 @@ def _hydra_override(config_type: type[FinetuneConfig], override: str) -> str:
     if "str" in kind and not _is_literal(value, kind):
         value = _quoted(_IN_QUOTES.sub(r"\2", value))
     try:
-        OverridesParser.create().parse_override(f"{key}={value}")
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
         raise ConfigError(f"{override}: the value can't be read; close its brackets, or put it in quotes") from error
+    if parsed.is_sweep_override():
+        raise ConfigError(f"{override}: several values; give one, or a list in brackets where the key takes a list")
     return f"{key}={value}"
 
 

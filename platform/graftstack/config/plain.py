@@ -1,5 +1,6 @@
 """A configuration as plain values, for JSON and YAML."""
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -22,3 +23,11 @@ def to_yaml(config: object) -> str:
     """Returns a configuration as YAML."""
     text: str = yaml.safe_dump(to_plain(config), sort_keys=False)
     return text
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from graftstack.config.checks import above, at_least, fraction
+from graftstack.config.checks import above, at_least, at_most, fraction
 from graftstack.errors import ConfigError
+
+_LARGEST_IMAGE_SIZE = 4096  # beyond what any backbone is made for; a batch of larger ones fits in no memory
 
 
 class Source(Enum):
@@ -127,6 +129,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         fraction("data.val_fraction", self.val_fraction)
         at_least("data.image_size", self.image_size, 1)
+        at_most("data.image_size", self.image_size, _LARGEST_IMAGE_SIZE)
         at_least("data.num_train_per_class", self.num_train_per_class, 1)
         at_least("data.cache_bytes", self.cache_bytes, 0)
         needs = {
@@ -138,6 +141,13 @@ class DataConfig:
         for key in needs.get(self.source, ()):
             if getattr(self, key) is None:
                 raise ConfigError(f"data.{key} is missing: data={self.source.value} needs it; add data.{key}=...")
+        if self.source is Source.digits and self.path is not None:
+            raise ConfigError(
+                f"data.path={self.path}: data=digits is bundled and reads no files; add data=image_folder, "
+                "data=parquet or data=csv"
+            )
+        if self.source is not Source.torchvision and self.name is not None:
+            raise ConfigError(f"data.name={self.name}: for data=torchvision only; add it, or leave the name out")
         self._check_columns()
 
     def _check_columns(self) -> None:
@@ -257,6 +267,11 @@ class ClusterConfig:
             raise ConfigError(f"cluster.num_workers={[low, high]}: the range is empty; give [min,max] with min <= max")
         at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0)
         at_least("cluster.cpus_per_worker", self.cpus_per_worker, 1)
+        if self.gpus_per_worker > 1 or (0 < self.gpus_per_worker < 1 and high > 1):
+            raise ConfigError(
+                f"cluster.gpus_per_worker={self.gpus_per_worker}: a worker trains on one GPU of its own; use 0 or 1, "
+                "and cluster.num_workers for more"
+            )
         at_least("cluster.max_failures", self.max_failures, 0)
         if self.kind is ClusterKind.inline and high > 1:
             raise ConfigError(f"cluster.num_workers={high}: cluster=inline is one process; use cluster=local")
@@ -349,11 +364,15 @@ class FinetuneConfig:
                 "raise it, or lower cluster.num_workers"
             )
         if self.name is not None and (
-            not 0 < len(self.name) <= 200 or self.name.startswith(".") or set(self.name) & set("/\\:")
+            not 0 < len(self.name.encode(errors="surrogatepass")) <= 200
+            or self.name.startswith(".")
+            or set(self.name) & set("/\\:")
+            or self.name.isspace()
+            or not self.name.isprintable()
         ):
             raise ConfigError(
-                f"name={self.name!r}: a run name has 1 to 200 characters, none of them /, \\ or :, and doesn't start "
-                "with a dot; rename it"
+                f"name={self.name!r}: a run name has 1 to 200 bytes of printable characters, none of them /, \\ or :, "
+                "and doesn't start with a dot; rename it"
             )
         if self.resume and self.name is None:
             raise ConfigError("resume=true: which run? add name=RUN")

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from graftstack.data.reason import reason
 from graftstack.errors import DataError
+from graftstack.reason import reason
 
 DECODER_VERSION = 1
 """Raised whenever the same bytes come to give other pixels: decoded caches are keyed by it."""

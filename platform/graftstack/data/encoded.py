@@ -1,6 +1,5 @@
 """The encoded images of a table, decoded by a pool of threads: Pillow lets go of the GIL while it decodes."""
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,10 +11,12 @@ import pyarrow as pa
 
 from graftstack.data.decode import BadImageError, decode
 from graftstack.data.location import Location
-from graftstack.data.reason import reason
 from graftstack.errors import DataError
+from graftstack.machine import usable_cpus
+from graftstack.reason import reason
 
-_CHUNK_ROWS = 64
+_CHUNK_ROWS, _CHUNK_BYTES = 64, 2**26
+"""Rows that a thread decodes at once: so many, or fewer where their pixels would take more memory than this."""
 
 
 class Decoded(NamedTuple):
@@ -55,11 +56,12 @@ class EncodedImages:
 
     def decode_all(self, image_size: int) -> Iterator[Decoded]:
         """Yields all rows in order, a chunk at a time; few chunks are in memory at once."""
-        num_threads = num_cpus()
+        num_threads = usable_cpus()
+        num_rows = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (3 * image_size**2)))
         pending: deque[Future[Decoded]] = deque()
         with ThreadPoolExecutor(num_threads) as pool:
-            for start in range(0, len(self), _CHUNK_ROWS):
-                rows = range(start, min(start + _CHUNK_ROWS, len(self)))
+            for start in range(0, len(self), num_rows):
+                rows = range(start, min(start + num_rows, len(self)))
                 pending.append(pool.submit(self.decode_rows, rows, image_size))
                 if len(pending) > 2 * num_threads:
                     yield pending.popleft().result()
@@ -71,7 +73,7 @@ class EncodedImages:
         row = min(bad)
         path = self._paths[row].as_py() if self._paths is not None else None
         row_id = self._row_ids[row].as_py()
-        name = f"{row_id} ({path})" if path not in (None, row_id) else row_id
+        name = f"{row_id} ({path})" if path and path != row_id else row_id
         return DataError(
             f"image {name} can't be decoded: {bad[row]}; fix the file, or set data.on_bad_image=skip to leave it out"
         )
@@ -81,7 +83,7 @@ class EncodedImages:
         if data is not None:
             return bytes(data)
         path = self._paths[row].as_py() if self._paths is not None else None
-        if path is None or self._location is None:
+        if not path or self._location is None:
             raise BadImageError("the row has neither bytes nor a path")
         try:
             return self._location.read(path)
@@ -89,8 +91,3 @@ class EncodedImages:
             raise BadImageError("no such file") from error
         except Exception as error:  # each file system has exceptions of its own
             raise BadImageError(f"can't be read: {reason(error)}") from error
-
-
-def num_cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

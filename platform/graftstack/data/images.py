@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from graftstack.config.schema import DataConfig
-from graftstack.data.encoded import EncodedImages, num_cpus
+from graftstack.data.encoded import EncodedImages
 from graftstack.data.location import locate
 from graftstack.data.table import read_table
 from graftstack.errors import DataError
+from graftstack.machine import usable_cpus
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +83,9 @@ class DecodeOnDemand:
 
     def batch(self, indices: npt.NDArray[np.int64]) -> "torch.Tensor":
         """Returns the images at `indices` ``[B]``: a fresh contiguous ``uint8 [B, 3, S, S]``."""
-        pieces = [piece.tolist() for piece in np.array_split(self._rows[indices], num_cpus())]
+        pieces = [piece.tolist() for piece in np.array_split(self._rows[indices], usable_cpus())]
         # A pool a batch costs microseconds, and unlike one that stays, it survives a fork.
-        with ThreadPoolExecutor(num_cpus()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             decoded = list(pool.map(lambda rows: self._encoded.decode_rows(rows, self._image_size), pieces))
         bad = {row: reason for part in decoded for row, reason in part.bad.items()}
         if bad:

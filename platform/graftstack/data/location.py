@@ -7,8 +7,8 @@ from typing import Any
 
 import fsspec
 
-from graftstack.data.reason import reason
 from graftstack.errors import DataError
+from graftstack.reason import reason
 
 # What tells one version of a file from the next, in the words of the file systems, most telling first.
 _VERSION_KEYS = (

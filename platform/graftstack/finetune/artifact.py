@@ -4,8 +4,8 @@ Tensor names are ``backbone.NAME`` and ``head.NAME``, where NAME is what the bac
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_origin
 
 from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.backbones.registry import build
@@ -48,14 +48,16 @@ def save_model(folder: Folder, model: GraftedModel, card: ModelCard) -> None:
 def read_card(folder: Folder) -> ModelCard:
     """Returns the card of a model folder. Raises `WeightsError`."""
     try:
-        values = json.loads(folder.read(CARD), object_hook=_with_tuples)
-        return ModelCard(**values)
+        card = ModelCard(**json.loads(folder.read(CARD), object_hook=_with_tuples))
+        _check_types(card)
     except (OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{folder.location}: holds no readable {CARD}; give the folder of a finished run") from error
+    return card
 
 
 def load_model(folder: Folder) -> tuple[GraftedModel, ModelCard]:
     """Returns the model of a run, in eval mode on the CPU, and its card. Raises `WeightsError`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     card = read_card(folder)
@@ -65,9 +67,24 @@ def load_model(folder: Folder) -> tuple[GraftedModel, ModelCard]:
     model = graft(backbone, num_classes=num_classes, keep_head=card.keeps_head, seed=0)
     try:
         model.load_named_state(load(folder.read(WEIGHTS)))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{folder.path(WEIGHTS)}: can't be loaded ({error}); train the run again") from error
+    except OSError as error:
+        raise WeightsError(f"{folder.path(WEIGHTS)}: can't be read ({error.strerror}); train the run again") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{folder.path(WEIGHTS)}: damaged or cut short ({error}); train the run again") from error
+    except (ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"{folder.path(WEIGHTS)}: not the model that {CARD} says, {card.backbone} for {num_classes} classes; "
+            "train the run again"
+        ) from error
     return model.eval(), card
+
+
+def _check_types(card: ModelCard) -> None:
+    """Raises `TypeError` where a value that was read isn't of its field's type."""
+    for item in fields(ModelCard):
+        value = getattr(card, item.name)
+        if not isinstance(value, get_origin(item.type) or item.type):  # type: ignore[arg-type]
+            raise TypeError(f"{item.name}: {value!r}")
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from graftstack.config.schema import OptimizerName
+from graftstack.data.batches import epoch_order
 from graftstack.finetune.batches import normalize
 from graftstack.finetune.task import Task
+from graftstack.runtime import Worker
 
 # Enough for a mean to a few per cent, and cheap on any backbone.
 _NUM_SAMPLED = 64
@@ -40,28 +42,28 @@ _NORM: dict[OptimizerName, Callable[[Tensor], Tensor]] = {
 }
 
 
-class HeadRate:
-    """The multiplier of a training's head, a pure function of the configuration, the data and the initial weights."""
+def head_rates(task: Task, worker: Worker) -> tuple[float, float]:
+    """Returns how much faster than the last layer group the head learns: beside the backbone, and alone.
 
-    def __init__(self, task: Task, device: torch.device) -> None:
-        config = task.config.optimizer
-        self._given = config.head_lr_multiplier
-        if self._given is None and task.config.backbone.keep_head:
-            self._given = 1.0  # a head that comes with its backbone has learnt already
-        if self._given is None:
-            most, norm = _USUAL[config.name]
-            self._usual = most * norm / max(norm, _mean_norm(task, device))
-
-    def multiplier(self, *, trains_alone: bool) -> float:
-        """Returns by how much the head's learning rate exceeds that of the last layer group."""
-        if self._given is not None:
-            return self._given
-        return self._usual * (_ALONE if trains_alone else 1.0)
+    The same for all ranks, and to be kept with the state: another machine would find other last digits.
+    """
+    config = task.config.optimizer
+    given = config.head_lr_multiplier
+    if task.config.backbone.keep_head and given is None:
+        given = 1.0  # a head that comes with its backbone has learnt already
+    if given is not None:
+        return given, given
+    most, norm = _USUAL[config.name]
+    mean_norm = _mean_norm(task, worker.device)
+    worker.mean_([mean_norm])
+    usual = most * norm / max(norm, float(mean_norm))
+    return usual, _ALONE * usual
 
 
 @torch.no_grad()
-def _mean_norm(task: Task, device: torch.device) -> float:
+def _mean_norm(task: Task, device: torch.device) -> Tensor:
     backbone = task.model.backbone.eval()
-    images = task.data.images.batch(task.data.splits.train[:_NUM_SAMPLED])
-    features = backbone(normalize(images, task.preprocessing, device))
-    return float(_NORM[task.config.optimizer.name](features.float()).mean())
+    rows = task.data.splits.train
+    sample = rows[epoch_order(len(rows), seed=task.config.seed, epoch=0)[:_NUM_SAMPLED]]
+    features = backbone(normalize(task.data.images.batch(sample), task.preprocessing, device))
+    return _NORM[task.config.optimizer.name](features.float()).mean()

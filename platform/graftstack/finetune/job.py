@@ -77,6 +77,8 @@ def train_rank(
 
 
 def _save_artifacts(task: Task, trained: Trained, folder: Folder) -> None:
+    if trained.history:  # again: a kill may have come between the last checkpoint and the last row
+        folder.write(METRICS, parquet_bytes(pa.Table.from_pylist(list(trained.history))))
     rows = task.data.splits.val
     table = prediction_table(trained.val_logits, task.data, rows)
     folder.write(VAL_PREDICTIONS, parquet_bytes(table))

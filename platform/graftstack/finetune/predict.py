@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def data_of_run(run: Run) -> DataConfig:
 
 
 def data_at(location: str, like: DataConfig) -> DataConfig:
-    """Returns the data at `location`, read as the run's own data were where that applies.
+    """Returns all rows at `location`, their images and labels found as in the run's own data where that applies.
 
     `location` is a Parquet or CSV file, a folder of images, or `digits`; a folder is one of Parquet files if it
     holds some and the run learnt from such.
@@ -44,21 +44,21 @@ def data_at(location: str, like: DataConfig) -> DataConfig:
     if source is Source.image_folder and like.source is Source.parquet and _holds_parquet(location):
         source = Source.parquet
     if source is like.source:
-        return replace(like, path=location, num_train_per_class=None)
+        return replace(like, path=location, split=None, group=None, features=[], drop=[], num_train_per_class=None)
     if source is Source.image_folder:
         return DataConfig(source=source, path=location, cache_dir=like.cache_dir, on_bad_image=like.on_bad_image)
     return DataConfig(source=source, path=location, image=like.image or "image", label=like.label)
 
 
 def predict(run: Run, data: DataConfig, *, progress: Callable[[int, int], None] | None = None) -> pa.Table:
-    """Returns a prediction for every row of `data`, as `predictions.prediction_table`; labels are optional.
+    """Returns a prediction for every row of `data`, as `predictions.prediction_table`, whatever its label, if any.
 
     Raises:
         BadInputError: the run has no model, or the data can't be read.
     """
     model, card = load_model(Folder(run.artifact("model")))
     images = load_images(
-        data,
+        replace(data, classes=[]),
         image_size=card.image_size,
         seed=0,
         class_names=card.class_names,
@@ -89,16 +89,26 @@ def check_out(out: str) -> None:
     """Raises `BadInputError` if predictions can't be written there; to be asked before they are computed."""
     if not out.endswith(".parquet"):
         raise BadInputError(f"--out {out}: predictions are written as Parquet; end the name with .parquet")
+    folder, name = _place(out)
+    if obstacle := folder.obstacle():
+        raise BadInputError(f"--out {out}: {obstacle} can't be written; choose another place")
+    if folder.is_local and Path(folder.path(name)).is_dir():
+        raise BadInputError(f"--out {out}: a folder; name a file in it")
 
 
 def write_predictions(table: pa.Table, out: str) -> None:
     """Writes the Parquet file `out`, a path or URI, whole or not at all."""
-    parent, _, name = out.rpartition("/")
-    Folder(parent or ".").write(name, parquet_bytes(table))
+    folder, name = _place(out)
+    folder.write(name, parquet_bytes(table))
+
+
+def _place(out: str) -> tuple[Folder, str]:
+    parent, slash, name = out.rpartition("/")
+    return Folder(parent or slash or "."), name
 
 
 def _holds_parquet(location: str) -> bool:
-    return any(PurePosixPath(name).suffix in _SOURCE_OF_SUFFIX for name in Folder(location).names())
+    return any(name.endswith(".parquet") for name in Folder(location).names())
 
 
 def _rows_of(images: ImageData, part: str) -> np.ndarray:

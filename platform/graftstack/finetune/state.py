@@ -21,14 +21,22 @@ class Position(NamedTuple):
     loss_sum: float = 0.0
     """Sum of the training losses of the steps of the current epoch."""
 
+    head_rates: tuple[float, float] = (1.0, 1.0)
+    """How much faster than the last layer group the head learns: beside the backbone, and alone."""
+
     @property
     def best_accuracy(self) -> float:
         """The validation accuracy of the best epoch, or -1."""
         return self.history[self.best_epoch - 1]["accuracy"] if self.best_epoch else -1.0
 
 
-def pack(position: Position, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Checkpoint:
-    """Returns everything that the next step depends on. The tensors are the live ones, not copies."""
+def pack(
+    position: Position, model: GraftedModel, optimizer: torch.optim.Optimizer, *, data: dict[str, str | int]
+) -> Checkpoint:
+    """Returns everything that the next step depends on, and `data`, by which a change of the images is noticed.
+
+    The tensors are the live ones, not copies.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.named_state().items()}
     scalars: dict[str, float] = {}
     for index, slots in optimizer.state_dict()["state"].items():
@@ -37,7 +45,7 @@ def pack(position: Position, model: GraftedModel, optimizer: torch.optim.Optimiz
                 tensors[f"optimizer/{index}/{slot}"] = value
             elif value is not None:
                 scalars[f"{index}/{slot}"] = value
-    return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars})
+    return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars, "data": data})
 
 
 def unpack(checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Position:
@@ -59,4 +67,4 @@ def unpack(checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.O
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     position = checkpoint.meta["position"]
-    return Position(**{**position, "history": tuple(position["history"])})
+    return Position(**{**position, "history": tuple(position["history"]), "head_rates": tuple(position["head_rates"])})

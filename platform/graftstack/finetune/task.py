@@ -1,5 +1,6 @@
 """From a configuration to everything a training needs, checked before anything is written."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from graftstack.backbones.weights import load_weights
 from graftstack.config.schema import ClassWeights, FinetuneConfig
 from graftstack.data.load import ImageData, load_images
 from graftstack.data.table import read_table
-from graftstack.errors import ConfigError, DataError, WeightsError
+from graftstack.errors import ConfigError, DataError, RunError, WeightsError
 from graftstack.finetune.artifact import WEIGHTS, ModelCard, read_card
 from graftstack.finetune.batches import steps_per_epoch
 from graftstack.finetune.metrics import balanced_weights
@@ -99,8 +100,9 @@ def prepare(config: FinetuneConfig, *, progress: Callable[[int, int], None] | No
     weights_used = _load_weights(config, backbone)
     if config.data.features and config.data.image is None:
         raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
+    _check_image_size(config, backbone, preprocessing.image_size, freeze_depth)
     data = load_images(config.data, image_size=preprocessing.image_size, seed=config.seed, progress=progress)
-    _check_sizes(config, data, backbone)
+    _check_batch_size(config, len(data.splits.train))
     model = graft(backbone, num_classes=len(data.class_names), keep_head=config.backbone.keep_head, seed=config.seed)
     return Task(
         config=config,
@@ -121,8 +123,11 @@ def _model_of_run(config: FinetuneConfig) -> Folder | None:
     """Returns the model folder that ``backbone.weights=run:RUN`` names, or None for other weights."""
     if not config.backbone.weights.startswith(_RUN_PREFIX):
         return None
-    run = find_run(config.backbone.weights.removeprefix(_RUN_PREFIX), config.runs_dir)
-    return Folder(run.artifact("model"))
+    try:
+        run = find_run(config.backbone.weights.removeprefix(_RUN_PREFIX), config.runs_dir)
+        return Folder(run.artifact("model"))
+    except RunError as error:
+        raise RunError(f"backbone.weights={_RUN_PREFIX}{error}") from error
 
 
 def _preprocessing(config: FinetuneConfig) -> Preprocessing:
@@ -150,15 +155,19 @@ def _load_weights(config: FinetuneConfig, backbone: Backbone) -> str:
     return f"{weights} ({card.backbone} trained on {len(card.class_names)} classes)"
 
 
-def _check_sizes(config: FinetuneConfig, data: ImageData, backbone: Backbone) -> None:
-    num_train = len(data.splits.train)
+def _check_batch_size(config: FinetuneConfig, num_train: int) -> None:
     per_step = config.batch_size * config.accumulate
-    if config.epochs and per_step > num_train:
-        raise ConfigError(
-            f"batch_size={config.batch_size}: a step takes {per_step} images and the training part has {num_train}; "
-            f"use batch_size={max(1, num_train // config.accumulate)} or less"
-        )
-    size = data.images.image_size
+    if not config.epochs or per_step <= num_train:
+        return
+    remedy = f"batch_size={num_train // config.accumulate} or less"
+    if config.accumulate > num_train:
+        remedy = f"accumulate={max(1, num_train // config.batch_size)} or less"
+    given = f"batch_size={config.batch_size}{f', accumulate={config.accumulate}' if config.accumulate > 1 else ''}"
+    raise ConfigError(f"{given}: a step takes {per_step} images and the training part has {num_train}; use {remedy}")
+
+
+def _check_image_size(config: FinetuneConfig, backbone: Backbone, size: int, freeze_depth: int) -> None:
+    """Feeds the backbone a blank image, and as many as the smallest share of a batch where that is one."""
     try:
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, size, size))
@@ -166,4 +175,21 @@ def _check_sizes(config: FinetuneConfig, data: ImageData, backbone: Backbone) ->
         raise ConfigError(
             f"data.image_size={size}: {backbone.name} can't take images of {size}x{size} pixels "
             f"({str(error).splitlines()[0]}); use its own {default_image_size(backbone.name)}"
+        ) from error
+    if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
+        _check_lone_image(config, backbone, size, freeze_depth)
+
+
+def _check_lone_image(config: FinetuneConfig, backbone: Backbone, size: int, freeze_depth: int) -> None:
+    """BatchNorm can't learn from one value a channel: a single image whose map has shrunk to one pixel."""
+    trial = copy.deepcopy(backbone)
+    trial.freeze(freeze_depth)
+    try:
+        with torch.no_grad():
+            trial.train()(torch.zeros(1, 3, size, size))
+    except ValueError as error:
+        num = 2 * config.cluster.max_workers
+        raise ConfigError(
+            f"batch_size={config.batch_size}: BatchNorm of {backbone.name} needs two images or more on each worker at "
+            f"data.image_size={size}; use batch_size={num} or more, or freeze_depth=all"
         ) from error

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from graftstack.checkpoint import Checkpoint, CheckpointStore
 from graftstack.config.schema import Precision, Select
-from graftstack.errors import TrainingError
+from graftstack.errors import OutOfMemoryError, RunError, TrainingError
 from graftstack.finetune.batches import Sharding, StepBatches, normalize, prefetch, step_batches
-from graftstack.finetune.head_rate import HeadRate
+from graftstack.finetune.head_rate import head_rates
 from graftstack.finetune.inference import predict_logits
 from graftstack.finetune.metrics import classification_metrics
 from graftstack.finetune.optimizers import build_optimizer, set_lr
@@ -39,9 +39,10 @@ class Progress(NamedTuple):
     num_epochs: int
     loss: float
     """Mean over the last steps."""
-    lr: float
-    """Of the last layer group."""
-    images_per_s: float
+    lr: float | None
+    """Of the last layer group at the last step; None when an epoch has just ended."""
+    images_per_s: float | None
+    """Since the last report; None when an epoch has just ended."""
     history: tuple[dict[str, float], ...]
 
 
@@ -74,7 +75,6 @@ class Training:
         self.on_progress = on_progress
         self.model = task.model.to(worker.device)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, freeze_depth=task.freeze_depth)
-        self.head_rate = HeadRate(task, worker.device)
         self.class_weights = task.class_weights.to(worker.device)
         self.store = CheckpointStore(checkpoints, num_to_keep=self.config.checkpoint.num_to_keep)
         # Two, because the newest may be of an epoch that a resumed run has yet to repeat.
@@ -92,12 +92,30 @@ class Training:
             StorageFullError: a checkpoint could not be saved; the last good one is still there.
         """
         with torch.random.fork_rng(devices=[]):
-            if checkpoint := self.store.latest():
-                self.position = unpack(checkpoint, self.model, self.optimizer)
+            self._resume()
             for phase in self.task.phases:
                 if self.position.step < phase.stop and not self._is_over():
                     self._run_phase(phase)
             return self._finish()
+
+    def _resume(self) -> None:
+        """Starts from the checkpoint that rank 0 chooses: ranks that chose for themselves might not agree."""
+        newest = self.store.latest()
+        chosen = int(self.worker.gather(torch.tensor([newest.step if newest else -1]))[0])
+        if chosen < 0:
+            self.position = Position(head_rates=head_rates(self.task, self.worker))
+            return
+        checkpoint = newest if newest and newest.step == chosen else self.store.load(chosen)
+        if checkpoint is None:
+            raise RunError(f"{self.store.folder.location}: step {chosen} can't be read by rank {self.worker.rank}")
+        if checkpoint.meta["data"] != self._data_facts():
+            raise RunError(
+                f"{self.store.folder.location}: the data have changed since the checkpoint was made; start a new run"
+            )
+        self.position = unpack(checkpoint, self.model, self.optimizer)
+
+    def _data_facts(self) -> dict[str, str | int]:
+        return {"fingerprint": self.task.data.fingerprint, "num_train": len(self.task.data.splits.train)}
 
     def time_step(self, phase: Phase) -> float:
         """Returns the seconds that a step of `phase` takes, after one to warm up. The model trains: give it a copy."""
@@ -124,22 +142,32 @@ class Training:
                 break
 
     def _run_step(self, wrapped: nn.Module, batches: StepBatches, phase: Phase) -> None:
-        factor = lr_factor(
-            self.config.schedule,
-            step=batches.step - phase.schedule_start,
-            num_steps=phase.schedule_stop - phase.schedule_start,
-        )
-        trains_alone = phase.freeze_depth >= self.model.head_boundary
-        set_lr(self.optimizer, factor, head_multiplier=self.head_rate.multiplier(trains_alone=trains_alone))
+        factor = self._lr_factor(phase, batches.step)
+        set_lr(self.optimizer, factor, head_multiplier=self._head_multiplier(phase))
         # Dropout is a function of the step and not of what ran before it, so that resuming changes nothing.
         torch.manual_seed(derive_seed(self.config.seed, "step", batches.step, self.worker.rank))
-        self._losses.append(self._backward(wrapped, batches))
+        try:
+            self._losses.append(self._backward(wrapped, batches))
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"batch_size={self.config.batch_size}: {self.worker.device} has no room for a step; halve it and "
+                f"double accumulate={self.config.accumulate}, or use precision=bf16"
+            ) from error
         if self.config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
         self._images_since += batches.num_images
         self.position = self.position._replace(step=batches.step + 1)
-        self._after_step(self.config.optimizer.lr * factor)
+        self._after_step(phase)
+
+    def _lr_factor(self, phase: Phase, step: int) -> float:
+        num_steps = phase.schedule_stop - phase.schedule_start
+        return lr_factor(self.config.schedule, step=step - phase.schedule_start, num_steps=num_steps)
+
+    def _head_multiplier(self, phase: Phase) -> float:
+        trains_alone = phase.freeze_depth >= self.model.head_boundary
+        with_backbone, alone = self.position.head_rates
+        return alone if trains_alone else with_backbone
 
     def _backward(self, wrapped: nn.Module, batches: StepBatches) -> Tensor:
         """Adds up the gradients of a step and returns this rank's part of its loss, of which the mean is the loss."""
@@ -157,6 +185,7 @@ class Training:
                     label_smoothing=self.config.label_smoothing,
                     reduction="sum",
                 )
+            with _without_reduction(wrapped, unless=is_last):
                 loss.backward()
             total += loss.detach()
         return total
@@ -165,39 +194,43 @@ class Training:
         enabled = self.config.precision is Precision.bf16
         return torch.autocast(self.worker.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _after_step(self, lr: float) -> None:
+    def _after_step(self, phase: Phase) -> None:
         step = self.position.step
         ends_epoch = step % self.task.steps_per_epoch == 0
         every = self.config.checkpoint.every_steps
         saves = every is not None and step % every == 0
         if ends_epoch or saves or step % _LOOK_EVERY_STEPS == 0:
-            self._look_at_losses(lr)
+            self._look_at_losses(phase)
+        if ends_epoch or saves:
+            self._average_buffers()
         if ends_epoch:
             self._end_epoch()
         elif saves:
             self._save()
 
-    def _look_at_losses(self, lr: float) -> None:
+    def _look_at_losses(self, phase: Phase) -> None:
         """Adds up the losses since the last look; all ranks see the same ones and so fail together."""
         losses = torch.stack(self._losses)
         self._losses = []
         self.worker.mean_([losses])
         values = losses.double().tolist()
         first = self.position.step - len(values)
-        for offset, value in enumerate(values):
+        peak_lr = self.config.optimizer.lr
+        for step, value in enumerate(values, start=first):
             if not math.isfinite(value):
+                lr = peak_lr * self._lr_factor(phase, step)
                 raise TrainingError(
-                    f"the loss is {value} at step {first + offset + 1} (learning rate {lr:.3g}); lower optimizer.lr, "
-                    "set clip_grad_norm=1, or use precision=fp32"
+                    f"the loss is {value} at step {step + 1} (learning rate {lr:.3g}); start a new run with a lower "
+                    "optimizer.lr, clip_grad_norm=1 or precision=fp32"
                 )
         self.position = self.position._replace(loss_sum=self.position.loss_sum + sum(values))
         elapsed = time.perf_counter() - self._looked_at
+        lr = peak_lr * self._lr_factor(phase, self.position.step - 1)
         self._tell(loss=sum(values) / len(values), lr=lr, images_per_s=self._images_since / elapsed)
         self._looked_at, self._images_since = time.perf_counter(), 0
 
     def _end_epoch(self) -> None:
         epoch = self.position.step // self.task.steps_per_epoch
-        self._average_buffers()
         metrics = classification_metrics(self._validate(), self._val_labels())
         row = {"epoch": epoch, "train_loss": self.position.loss_sum / self.task.steps_per_epoch, **metrics}
         is_best = metrics["accuracy"] > self.position.best_accuracy
@@ -209,15 +242,14 @@ class Training:
         if is_best and self.config.select is Select.best and self.worker.rank == 0:
             self.best.save(Checkpoint(epoch, self.model.named_state(), {}))
         self._save()
-        self._tell(loss=row["train_loss"], lr=0.0, images_per_s=0.0)
+        self._tell(loss=row["train_loss"], lr=None, images_per_s=None)
         self.worker.report(row)
         self.model.train()
         self._looked_at = time.perf_counter()
 
     def _save(self) -> None:
-        self._average_buffers()
         if self.worker.rank == 0:
-            self.store.save(pack(self.position, self.model, self.optimizer))
+            self.store.save(pack(self.position, self.model, self.optimizer, data=self._data_facts()))
 
     def _average_buffers(self) -> None:
         """Makes the BatchNorm statistics of all ranks the same: each has seen its own part of the images."""
@@ -229,9 +261,12 @@ class Training:
 
     def _finish(self) -> Trained:
         epoch = len(self.position.history)
-        if self.config.select is Select.best and (best := self.best.load(self.position.best_epoch)):
+        if epoch and self.config.select is Select.best:
+            epoch = self.position.best_epoch
+            best = self.best.load(epoch)
+            if best is None:
+                raise RunError(f"{self.best.folder.location}: the weights of epoch {epoch} are gone; start a new run")
             self.model.load_named_state(best.tensors)
-            epoch = best.step
         logits = self._validate()
         metrics = classification_metrics(logits, self._val_labels())
         return Trained(self.position.history, epoch, metrics, logits)
@@ -246,7 +281,7 @@ class Training:
     def _val_labels(self) -> Tensor:
         return torch.from_numpy(self.task.data.labels[self.task.data.splits.val])
 
-    def _tell(self, *, loss: float, lr: float, images_per_s: float) -> None:
+    def _tell(self, *, loss: float, lr: float | None, images_per_s: float | None) -> None:
         if self.worker.rank != 0:
             return
         self.on_progress(

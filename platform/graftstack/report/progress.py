@@ -65,7 +65,7 @@ class LiveDisplay:
         if self._training is None:
             self._training = self._bars.add_task("training", total=progress["num_steps"], note="")
         note = f"epoch {progress['epoch']}/{progress['num_epochs']}  loss {progress['loss']:.3f}"
-        if progress["images_per_s"]:
+        if progress["images_per_s"] is not None:
             note += f"  {progress['images_per_s']:.0f} images/s"
         self._bars.update(self._training, completed=progress["step"], note=note)
         self._plain.training(progress)

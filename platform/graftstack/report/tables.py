@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from graftstack.config.plain import flatten
 from graftstack.runs import Manifest
 
 if TYPE_CHECKING:
@@ -94,14 +95,6 @@ def size(num_bytes: int) -> str:
     while amount >= 1024 and unit + 1 < len(_UNITS):
         amount, unit = amount / 1024, unit + 1
     return f"{amount:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
-
-
-def flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Returns nested sections as dotted keys."""
-    flat: dict[str, object] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _union(groups: Iterable[Mapping[str, object]]) -> list[str]:

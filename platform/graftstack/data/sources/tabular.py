@@ -12,8 +12,8 @@ from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 from graftstack.config.schema import DataConfig
 from graftstack.data.labels import class_column
 from graftstack.data.location import Location, locate
-from graftstack.data.reason import reason
 from graftstack.errors import DataError, did_you_mean
+from graftstack.reason import reason
 
 _FILE = "__filename"  # pyarrow's name for the column that says which file a row comes from
 _NAMES = frozenset({"row_id", "image", "path", "version", "label", "split", "group"})

@@ -11,9 +11,9 @@ from PIL import Image
 
 from graftstack.config.schema import DataConfig
 from graftstack.data.location import locate
-from graftstack.data.reason import reason
 from graftstack.data.sources.png import encode_png
 from graftstack.errors import DataError, did_you_mean
+from graftstack.reason import reason
 
 # The words that torchvision's classes have for each split; of each, the first that the class knows.
 _SPLIT_WORDS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
