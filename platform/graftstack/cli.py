@@ -1,12 +1,13 @@
 """The command line. It answers at once: torch and ray are loaded only by what needs them."""
 
+import _thread
 import argparse
 import json
 import logging
 import os
 import signal
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -241,13 +242,15 @@ def _interruptible() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises `KeyboardInterrupt`: at once, or when the caller's imports are done, unless it is asked for again."""
-    is_asked_again = number != signal.SIGALRM and signal.getitimer(signal.ITIMER_REAL)[0] > 0
-    if _is_in(_DEAF, frame) and not is_asked_again:
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
-        return
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    raise KeyboardInterrupt
+    """Raises `KeyboardInterrupt`, once nothing of `_DEAF` is running."""
+    if not _is_in(_DEAF, frame):
+        raise KeyboardInterrupt
+    _thread.start_new_thread(_interrupt_later, (number,))
+
+
+def _interrupt_later(number: int) -> None:
+    time.sleep(_LOOK_AGAIN_S)
+    os.kill(os.getpid(), number)
 
 
 def _is_in(packages: set[str], frame: FrameType | None) -> bool:
