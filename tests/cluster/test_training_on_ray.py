@@ -155,7 +155,13 @@ def test_a_killed_driver_is_resumed_by_name_alone_and_an_interrupted_one_says_so
     ]
 
     def start(name: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([*command, f"name={name}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [*command, f"name={name}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A shell that runs the tests in the background makes them, and so their children, ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        )
 
     def resume(name: str) -> None:
         resumed = [*command[:4], f"runs_dir={tmp_path}", f"name={name}", "resume=true"]

@@ -80,6 +80,16 @@ def python(program: str, *words: str, cwd: Path | None = None) -> subprocess.Com
         ("finetune backbone=resnet81", "backbone=resnet81: unknown; did you mean resnet18"),
         ("finetune resume=true", "resume=true: which run? add name=RUN"),
         ("finetune name=a/b", "name='a/b': a run name"),
+        ("finetune data.path=", "data.path=: has no value; give one, or leave the key out"),
+        ("finetune data.classes=0,1", "data.classes=0,1: several values; give one, or a list in brackets"),
+        ("finetune name=a\x1b[2Jb", r"name='a\x1b[2Jb': a run name has 1 to 200 bytes of printable"),
+        ("finetune data.path=flowers", "data.path=flowers: data=digits is bundled and reads no files; add data=image_"),
+        ("finetune data.image_size=1000000", "data.image_size=1000000: must be at most 4096; lower it"),
+        (
+            "finetune runs_dir=~nobody-here/x",
+            "~nobody-here/x: no user of that name has a home here; give the whole path",
+        ),
+        ("finetune cluster.cpus_per_worker=4096", "cluster.cpus_per_worker=4096: this machine has "),
         ("finetune --epochs=3", "unrecognized arguments: --epochs=3"),
         ("finetune name=first runs_dir={runs_dir}", "name=first: a run of that name exists in {runs_dir}"),
         ("pretrain name=first resume=true runs_dir={runs_dir}", "name=first: is a finetune run; resume it with the"),
@@ -102,6 +112,12 @@ def python(program: str, *words: str, cwd: Path | None = None) -> subprocess.Com
         ("runs show frist --runs-dir {runs_dir}", "frist: no such run in {runs_dir}; did you mean first?"),
         ("runs compare first frist --runs-dir {runs_dir}", "frist: no such run in {runs_dir}; did you mean first?"),
         ("runs --runs-dir nosuch://x", "nosuch://x: can't be reached"),
+        (
+            "runs --runs-dir {runs_dir}/first/run.json",
+            "runs_dir={runs_dir}/first/run.json: a file, not a folder; choose",
+        ),
+        ("runs show a\x1b[2Jb --runs-dir {runs_dir}", r"a\x1b[2Jb: no such run in {runs_dir}"),
+        ("demo --runs-dir {runs_dir}/first/run.json", "--runs-dir {runs_dir}/first/run.json: a file, not a folder; "),
     ],
 )
 def test_bad_input_ends_in_one_line_and_changes_nothing(
@@ -183,6 +199,11 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_a_folder_may_be_called_like_markup(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["runs", "--runs-dir", f"{tmp_path}/[bold]/[/x]:smile:"]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}/[bold]/[/x]:smile:\n"
+
+
 def test_a_run_shown_as_json_has_the_keys_of_the_contract(runs_dir: Path, capsys: Capture) -> None:
     assert main(["runs", "show", "second", "--json", "--runs-dir", str(runs_dir)]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -225,6 +246,36 @@ def test_an_interrupted_command_ends_with_130(tmp_path: Path, number: signal.Sig
             assert process.wait(30) == 130
         assert process.stderr is not None
         assert process.stderr.read() == "graftstack: interrupted\n"
+
+
+def test_an_interrupt_waits_until_a_module_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "swallower.py").write_text("""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+    print("whole")
+except KeyboardInterrupt:
+    print("swallowed")
+""")
+    program = f"""
+import sys, time
+from graftstack.cli import _interruptible
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    with _interruptible():
+        import swallower
+        time.sleep(30)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    assert python(program).stdout.split() == ["whole", "interrupted"]
+
+
+def test_a_closed_stdout_is_no_trouble(runs_dir: Path) -> None:
+    command = f"{sys.executable} -m graftstack runs --runs-dir {runs_dir} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

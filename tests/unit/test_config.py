@@ -35,7 +35,7 @@ from graftstack.errors import ConfigError
 from graftstack.report.explain import job_help
 
 TEXT_KEYS = (
-    *("data.path", "data.name", "data.image", "data.label", "data.split", "data.group", "data.cache_dir"),
+    *("data.path", "data.image", "data.label", "data.split", "data.group", "data.cache_dir"),
     *("backbone.name", "backbone.weights", "cluster.address", "runs_dir"),
 )
 
@@ -77,7 +77,7 @@ def test_every_kind_of_value_composes_to_its_type() -> None:
         *("data=torchvision", "data.path=x", "data.name=CIFAR10", "data.classes=[3,cat,'a b']", "data.image_size=null"),
         *("backbone=squeezenet1_0", "freeze_depth=all", "epochs=3", "optimizer=sgd", "optimizer.lr=1e-4"),
         *("augment=standard", "precision=bf16", "clip_grad_norm=1", "early_stop=2", "cluster=ray"),
-        *("cluster.num_workers=[1,4]", "cluster.gpus_per_worker=0.5", "name=123", "resume=true"),
+        *("cluster.num_workers=[1,4]", "cluster.gpus_per_worker=1", "name=123", "resume=true"),
     )
     assert config.data == DataConfig(source=Source.torchvision, path="x", name="CIFAR10", classes=[3, "cat", "a b"])
     assert config.backbone == BackboneConfig(name="squeezenet1_0")
@@ -88,7 +88,7 @@ def test_every_kind_of_value_composes_to_its_type() -> None:
     assert (config.augment, config.precision) == (Augment.standard, Precision.bf16)
     assert config.clip_grad_norm == 1.0
     assert config.early_stop == 2
-    assert config.cluster == ClusterConfig(kind=ClusterKind.ray, num_workers=[1, 4], gpus_per_worker=0.5)
+    assert config.cluster == ClusterConfig(kind=ClusterKind.ray, num_workers=[1, 4], gpus_per_worker=1.0)
     assert (config.cluster.min_workers, config.cluster.max_workers) == (1, 4)
     assert config.name == "123"
     assert config.resume is True
@@ -199,6 +199,9 @@ INVALID: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (ClusterConfig, {"cpus_per_worker": 0}, "cluster.cpus_per_worker=0: must be at least 1"),
     (ClusterConfig, {"max_failures": -1}, "cluster.max_failures=-1: must be at least 0"),
     (ClusterConfig, {"kind": ClusterKind.inline, "num_workers": 2}, "cluster.num_workers=2: cluster=inline is one"),
+    (DataConfig, {"image_size": 4097}, "data.image_size=4097: must be at most 4096"),
+    (DataConfig, {"path": "flowers"}, "data.path=flowers: data=digits is bundled and reads no files"),
+    (DataConfig, {"name": "CIFAR10"}, "data.name=CIFAR10: for data=torchvision only"),
     (FinetuneConfig, {"epochs": -1}, "epochs=-1: must be at least 0"),
     (FinetuneConfig, {"batch_size": 0}, "batch_size=0: must be at least 1"),
     (FinetuneConfig, {"accumulate": 0}, "accumulate=0: must be at least 1"),
@@ -212,7 +215,7 @@ INVALID: list[tuple[Callable[..., object], dict[str, Any], str]] = [
     (FinetuneConfig, {"resume": True}, "resume=true: which run?"),
     *(
         (FinetuneConfig, {"name": name}, f"name={name!r}: a run name")
-        for name in ("", ".x", "a/b", "a\\b", "a:b", "a" * 201)
+        for name in ("", ".x", "a/b", "a\\b", "a:b", "a" * 201, "ü" * 101, " ", "a\nb", "\x1b[2J", "\udcff")
     ),
     (PretrainConfig, {"freeze_depth": 1}, "freeze_depth=1: pretrain trains every group"),
     (PretrainConfig, {"epochs": -1}, "epochs=-1: must be at least 0"),

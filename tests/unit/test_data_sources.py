@@ -17,6 +17,7 @@ from PIL import Image
 
 from graftstack.config.schema import DataConfig, Source
 from graftstack.data.decode import decode
+from graftstack.data.load import load_images
 from graftstack.data.table import read_table
 from graftstack.errors import DataError
 
@@ -253,6 +254,13 @@ def test_csv_may_lie_behind_a_uri(memory: Any) -> None:
     memory.pipe("/data/a.png", png(9))
     table = read_table(DataConfig(source=Source.csv, path="memory://data/t.csv", image="image"))
     assert table.table["version"].to_pylist() != ["missing"]
+
+
+def test_a_csv_row_without_a_path_is_said_to_have_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,label\n,x\n,y\n")
+    config = DataConfig(source=Source.csv, path=str(tmp_path / "t.csv"), image="image")
+    with pytest.raises(DataError, match=r"\Aimage 0 can't be decoded: the row has neither bytes nor a path; "):
+        load_images(config, image_size=8, seed=0)
 
 
 def test_a_ragged_csv_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plans, predictions and evaluations of a run, as a person asks for them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,10 @@ def test_other_labelled_data_are_evaluated_whole(graftstack: Command, tmp_path: 
     [
         (("predict", "eight", "digits", "--out", "p.parquet"), "eight: no such run"),
         (("predict", "seven", "digits", "--out", "p.csv"), "--out p.csv: predictions are written as Parquet"),
+        (
+            ("predict", "seven", "digits", "--out", "/dev/null/p.parquet"),
+            "p.parquet: /dev/null can't be written; choose",
+        ),
         (("predict", "seven", "nowhere.parquet", "--out", "p.parquet"), "nowhere.parquet"),
         (("evaluate", "seven", "--split", "test"), "--split test: holds no rows; use train, val, test or all"),
     ],
@@ -129,6 +134,45 @@ def test_what_cannot_be_predicted_is_one_line_and_exit_2(
     assert complaint in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "complaint"),
+    [
+        ("model.safetensors", lambda content: content[:1000], "model.safetensors: damaged or cut short"),
+        (
+            "model.safetensors",
+            None,
+            "model.safetensors: can't be read (No such file or directory); train the run again",
+        ),
+        ("model.json", None, "model: holds no readable model.json"),
+        ("model.json", lambda content: content[:20], "model: holds no readable model.json"),
+        ("model.json", lambda content: content.replace(b'"conv4"', b"3"), "model: holds no readable model.json"),
+        (
+            "model.json",
+            lambda content: content.replace(b'"7"', b'"7", "8"'),
+            "says, conv4 for 5 classes; train the run",
+        ),
+    ],
+)
+def test_a_damaged_model_is_named(
+    runs_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    damage: Callable[[bytes], bytes] | None,
+    complaint: str,
+) -> None:
+    shutil.copytree(runs_dir / "runs/seven", tmp_path / "seven")
+    path = tmp_path / "seven/model" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(damage(content))
+    assert main(["evaluate", str(tmp_path / "seven")]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
 
 
 def test_a_plan_says_what_would_run_and_leaves_nothing(

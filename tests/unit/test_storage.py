@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from graftstack.errors import RunError, StorageFullError
@@ -127,11 +128,42 @@ def test_a_place_that_takes_no_folder_is_named(location: str) -> None:
         Folder(location).write("x", b"")
 
 
-def test_a_folder_that_must_be_new_is_refused_if_it_is_there(tmp_path: Path) -> None:
-    Folder(tmp_path / "x").make(exist_ok=False)
-    Folder(tmp_path / "x").make()
-    with pytest.raises(RunError, match="exists already; choose another name"):
-        Folder(tmp_path / "x").make(exist_ok=False)
+def test_a_tilde_of_nobody_is_refused() -> None:
+    with pytest.raises(RunError, match=r"\A~nobody-here/x: no user of that name has a home here; give the whole path"):
+        Folder("~nobody-here/x")
+
+
+def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
+    folder = Folder(f"file://{tmp_path}/a")
+    assert (folder.location, folder.is_local) == (f"{tmp_path}/a", True)
+    folder.write("x", b"1")
+    assert (tmp_path / "a/x").read_bytes() == b"1"
+
+
+def test_an_obstacle_is_the_nearest_thing_that_forbids_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert Folder(tmp_path / "a/b").obstacle() is None
+    assert Folder(tmp_path / "file/b/c").obstacle() == tmp_path / "file"
+    assert Folder("memory://x").obstacle() is None
+
+
+class Unreachable(fsspec.AbstractFileSystem):
+    """A file system that fails in its own way."""
+
+    protocol = "unreachable"
+
+    def exists(self, path: str, **_: object) -> bool:
+        raise ArithmeticError("no route\nsecond line")
+
+    def ls(self, path: str, **_: object) -> list[object]:
+        raise ArithmeticError("no route\nsecond line")
+
+
+def test_a_file_system_that_cant_be_asked_is_named() -> None:
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    for use in (Folder("unreachable://x").exists, Folder("unreachable://x").names):
+        with pytest.raises(RunError, match=r"\Aunreachable://x: can't be reached \(no route\); check the address"):
+            use()
 
 
 @pytest.mark.parametrize("location", ["nosuch://bucket/runs", "memory2://x"])

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from graftstack.cluster.finetune import launch
@@ -228,7 +229,7 @@ def test_bad_input_leaves_no_run_behind(tmp_path: Path) -> None:
     bad = {
         "freeze_depth=9": 'freeze_depth=9: conv4 has 5 layer groups; use 0..5 or "all"',
         "batch_size=5000": "batch_size=5000: a step takes 5000 images and the training part has 130",
-        "cluster.gpus_per_worker=64": "cluster.gpus_per_worker=64: 1 worker",
+        "cluster.gpus_per_worker=64": "cluster.gpus_per_worker=64.0: a worker trains on one GPU",
     }
     for override, message in bad.items():
         with pytest.raises(ConfigError) as caught:
@@ -238,3 +239,50 @@ def test_bad_input_leaves_no_run_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.image_size=8: squeezenet1_0 can't take images of 8x8"):
         run_job(tmp_path, "name=bad", "backbone=squeezenet1_0", "data.image_size=8")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "remedy"),
+    [(5, "batch_size=26 or less"), (130, "batch_size=1 or less"), (1000, "accumulate=4 or less")],
+)
+def test_a_step_larger_than_the_data_says_what_fits(accumulate: int, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare(config_of(f"accumulate={accumulate}"))
+    assert str(caught.value) == (
+        f"batch_size=32, accumulate={accumulate}: a step takes {32 * accumulate} images and the training part has 130; "
+        f"use {remedy}"
+    )
+
+
+def test_batchnorm_is_not_fed_single_values(tmp_path: Path) -> None:
+    lone = ("backbone=resnet18", "data.image_size=32", "batch_size=1", "epochs=1", "data.classes=[0,1]")
+    with pytest.raises(
+        ConfigError, match=r"batch_size=1: BatchNorm of resnet18 needs two images or more .* batch_size=2"
+    ):
+        run_job(tmp_path, *lone)
+    prepare(config_of(*lone, "freeze_depth=all"))  # frozen statistics are used, not computed
+    prepare(config_of(*lone, "data.image_size=33"))  # four values a channel are enough
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_run_to_start_from_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"\Abackbone.weights=run:nope: no such run in .*/runs; it holds no runs"):
+        run_job(tmp_path, "backbone.weights=run:nope")
+
+
+def test_a_bad_image_that_only_training_meets_fails_the_run(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (20, 20)).save(tmp_path / "data" / label / f"{index}.png")
+    (tmp_path / "data/a/3.png").write_bytes(b"damaged")
+    with pytest.raises(
+        TrainingError, match=r"image a/3\.png can't be decoded: not an image .*; fix the file"
+    ) as caught:
+        run_job(
+            tmp_path, "name=late", "data=image_folder", f"data.path={tmp_path}/data", "data.cache_bytes=0",
+            "batch_size=4", "data.val_fraction=0.3", "data.num_train_per_class=null",
+        )  # fmt: skip
+    assert caught.value.exit_status == 1
+    manifest = json.loads((tmp_path / "runs/late/run.json").read_text())
+    assert (manifest["status"], manifest["error"]) == ("failed", str(caught.value))
