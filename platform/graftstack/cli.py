@@ -2,6 +2,8 @@
 
 import _thread
 import argparse
+import errno
+import io
 import json
 import logging
 import os
@@ -59,9 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error) or "interrupted", EXIT_INTERRUPTED, verbose=verbose)
     except BrokenPipeError:
         # The reader of our output left (`| head`); what it didn't want needs no words.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return EXIT_FAILED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _close_stdout()
+        return _complain("stdout: no space left; free some, or write elsewhere", EXIT_FAILED, verbose=verbose)
     return status
+
+
+def _close_stdout() -> None:
+    """What is buffered can't be written; without this it would be tried once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_job(options: argparse.Namespace) -> int:
@@ -260,6 +272,8 @@ def _is_in(packages: set[str], frame: FrameType | None) -> bool:
 
 
 def _quiet(*, verbose: bool) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     if verbose:
         logging.basicConfig(level=logging.INFO)
         return

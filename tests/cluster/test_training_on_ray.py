@@ -78,15 +78,20 @@ def training_workers() -> list[psutil.Process]:
 
 
 def assert_cluster_is_clean() -> None:
+    import ray
     from ray.util import placement_group_table
     from ray.util.state import list_actors
 
     def left_behind() -> list[str]:
-        alive = list_actors(filters=[("state", "!=", "DEAD")])
+        # Without the address, another Ray that happens to run on this machine may answer.
+        alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "!=", "DEAD")])
         # The coordinator is Ray's own: one for each cluster, made by its first trainer.
         return [actor.class_name for actor in alive if actor.class_name != "_AutoscalingCoordinatorActor"]
 
-    wait_until(lambda: not left_behind(), 60)
+    deadline = time.monotonic() + 60
+    while left_behind() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left_behind() == []
     assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
 
 

@@ -272,6 +272,22 @@ except KeyboardInterrupt:
     assert python(program).stdout.split() == ["whole", "interrupted"]
 
 
+def test_a_full_stdout_is_told_in_one_line(runs_dir: Path) -> None:
+    for flags in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "graftstack", "runs", "--runs-dir", str(runs_dir), *flags]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert done.stderr == "graftstack: stdout: no space left; free some, or write elsewhere\n"
+
+
+def test_a_name_that_the_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graftstack", "runs", "--runs-dir", f"{tmp_path}/ö"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"no runs in {tmp_path}/\\xf6\n", "")
+
+
 def test_a_closed_stdout_is_no_trouble(runs_dir: Path) -> None:
     command = f"{sys.executable} -m graftstack runs --runs-dir {runs_dir} >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False)

@@ -87,6 +87,7 @@ def _run(config: FinetuneConfig, manifest: Manifest, task: Any, display: Display
     except BaseException as error:
         run.update(status="failed", error=str(error) or type(error).__name__)
         raise
+    run.folder.sweep()  # a worker that was lost may have been writing
     run.update(status="done", metrics=outcome.metrics, artifacts=outcome.artifacts, details=outcome.details)
     return run
 

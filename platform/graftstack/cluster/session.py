@@ -79,6 +79,8 @@ def _own_signal_handlers() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:  # Ray's answer to a SIGTERM that comes before the handlers are ours again
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
