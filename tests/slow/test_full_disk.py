@@ -17,6 +17,8 @@ from graftstack.cli import main
 from graftstack.runs import find_run
 from graftstack.storage import Folder
 
+pytestmark = pytest.mark.slow
+
 STEPS_PER_EPOCH, NUM_EPOCHS = 10 * 40 // 32, 6
 SMALL = (
     "data=digits",
