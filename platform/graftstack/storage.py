@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from graftstack.errors import RunError, StorageFullError
+from graftstack.reason import reason
 
 _UNFINISHED = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -175,8 +176,9 @@ class Folder:
         except (FileNotFoundError, RunError):
             raise
         except Exception as error:  # each file system has exceptions of its own
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise RunError(f"{self.location}: can't be reached ({said}); check the address and the access") from error
+            raise RunError(
+                f"{self.location}: can't be reached ({reason(error)}); check the address and the access"
+            ) from error
 
     def _remote(self) -> Any:
         import fsspec

@@ -14,6 +14,7 @@ import pytest
 from graftstack.doctor import clusters, machine, packages, run_doctor
 from graftstack.doctor.finding import Finding
 from graftstack.doctor.torch_facts import TorchFacts
+from graftstack.machine import allowed_cpus
 
 GIB = 1024**3
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -249,7 +250,7 @@ class TestThreads:
         is_fault(finding, "warn", named, "4 CPUs", "export OMP_NUM_THREADS=4")
 
     def test_this_process_may_use_a_cpu_at_least(self):
-        assert 1 <= machine.usable_cpus() <= (os.cpu_count() or 1)
+        assert 1 <= allowed_cpus() <= (os.cpu_count() or 1)
 
 
 class TestCpuLimit:

@@ -116,9 +116,8 @@ def check(job: str, config: FinetuneConfig, overrides: Sequence[str]) -> Checked
     )
     existing = Run.check(config.runs_dir, manifest, resume=config.resume)
     is_done = existing is not None and existing.manifest.status == "done"
-    if (
-        not is_done and config.cluster.kind is not ClusterKind.ray
-    ):  # what a cluster has is known once it is connected to
+    # What a cluster has is known once it is connected to.
+    if not is_done and config.cluster.kind is not ClusterKind.ray:
         from graftstack.cluster.resources import check_resources, machine_resources
 
         check_resources(config.cluster, machine_resources())

@@ -9,6 +9,7 @@ import fsspec
 
 from graftstack.errors import DataError
 from graftstack.reason import reason
+from graftstack.storage import is_uri
 
 # What tells one version of a file from the next, in the words of the file systems, most telling first.
 _VERSION_KEYS = (
@@ -57,7 +58,7 @@ class Location:
 
     def read(self, path: str) -> bytes:
         """Returns the content of a file: a path relative to `folder`, an absolute path or a URI."""
-        if "://" in path:
+        if is_uri(path):
             with fsspec.open(path, "rb") as file:
                 return bytes(file.read())
         return bytes(self.fs.cat_file(self.full(path)))
@@ -69,7 +70,7 @@ class Location:
             if not path:
                 return "missing"
             try:
-                if "://" in path:
+                if is_uri(path):
                     fs, name = fsspec.core.url_to_fs(path)
                     return version(fs.info(name))
                 return version(self.fs.info(self.full(path)))

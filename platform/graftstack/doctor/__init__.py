@@ -16,6 +16,7 @@ from pathlib import Path
 from graftstack.doctor import clusters, machine, packages
 from graftstack.doctor.finding import Finding
 from graftstack.doctor.torch_facts import load_torch
+from graftstack.machine import allowed_cpus
 
 __all__ = ["Finding", "examine_machine", "run_doctor"]
 
@@ -36,7 +37,7 @@ def run_doctor(*, as_json: bool) -> bool:
 def examine_machine() -> list[Finding]:
     """Returns the findings of all checks on this machine, in the order of a set-up: software, hardware, Ray."""
     environ, path = os.environ, sys.path
-    num_cpus = machine.usable_cpus()
+    num_cpus = allowed_cpus()
     installed = [
         partial(packages.check_python, sys.version_info[:3]),
         partial(packages.check_packages, path),

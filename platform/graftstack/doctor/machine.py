@@ -10,6 +10,7 @@ from typing import Protocol
 
 from graftstack.doctor.finding import Finding, gib
 from graftstack.doctor.torch_facts import TorchFacts
+from graftstack.machine import cpu_limit
 
 _GIB = 1024**3
 _LOW_DISK_BYTES, _NO_DISK_BYTES = 5 * _GIB, _GIB // 2
@@ -107,11 +108,6 @@ def memory_bytes(limit: Path) -> int:
     return min(physical, int(text)) if text.isdecimal() else physical
 
 
-def usable_cpus() -> int:
-    """Returns the number of CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def check_threads(environ: Mapping[str, str], num_cpus: int, torch_threads: int) -> Finding:
     """No library computes with more threads than there are CPUs: they would wait for each other."""
     asked = {key: _leading_number(environ.get(key, "")) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -130,10 +126,9 @@ def check_threads(environ: Mapping[str, str], num_cpus: int, torch_threads: int)
 def check_cpu_limit(cpu_max: Path, num_cpus: int) -> Finding:
     """The control group (v2) lets all CPUs work; its file `cpu_max` holds ``QUOTA PERIOD`` in microseconds."""
     name = "CPU limit"
-    quota, _, period = (cpu_max.read_text().strip() if cpu_max.is_file() else "").partition(" ")
-    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+    limit = cpu_limit(cpu_max)
+    if limit is None:
         return Finding(name, "ok", f"none, {num_cpus} CPUs")
-    limit = int(quota) / int(period)
     if limit >= num_cpus:
         return Finding(name, "ok", f"{limit:g} for {num_cpus} CPUs")
     return Finding(

@@ -3,6 +3,8 @@
 import warnings
 from dataclasses import dataclass
 
+from graftstack.reason import reason
+
 
 @dataclass(frozen=True, kw_only=True)
 class TorchFacts:
@@ -26,12 +28,12 @@ def load_torch() -> TorchFacts:
     try:
         import torch
     except Exception as error:  # a package that is half there raises anything
-        return TorchFacts(is_loaded=False, load_error=_one_line(error))
+        return TorchFacts(is_loaded=False, load_error=reason(error))
     load_error = None
     try:
         import torchvision.ops  # noqa: F401
     except Exception as error:
-        load_error = _one_line(error)
+        load_error = reason(error)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -40,10 +42,5 @@ def load_torch() -> TorchFacts:
         num_threads=torch.get_num_threads(),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(num_gpus)),
         cuda_build=torch.version.cuda,
-        complaint=_one_line(caught[0].message) if caught else "",
+        complaint=reason(Warning(caught[0].message)) if caught else "",
     )
-
-
-def _one_line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

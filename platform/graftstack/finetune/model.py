@@ -40,11 +40,12 @@ class GraftedModel(nn.Module):
         """Copies in what `named_state` returned. Raises `RuntimeError` where names or shapes differ."""
         backbone = self.backbone
         own_head = {name: value for name, value in backbone.model.state_dict().items() if backbone.is_head_key(name)}
-        backbone.model.load_state_dict(own_head | _without_prefix(state, "backbone."))
-        self.head.load_state_dict(_without_prefix(state, "head."))
+        backbone.model.load_state_dict(own_head | without_prefix(state, "backbone."))
+        self.head.load_state_dict(without_prefix(state, "head."))
 
 
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftstack.checkpoint import Checkpoint
-from graftstack.finetune.model import GraftedModel
+from graftstack.finetune.model import GraftedModel, without_prefix
 
 
 class Position(NamedTuple):
@@ -20,7 +20,6 @@ class Position(NamedTuple):
     """The epoch, counted from 1, with the best validation accuracy so far; 0: none yet."""
     loss_sum: float = 0.0
     """Sum of the training losses of the steps of the current epoch."""
-
     head_rates: tuple[float, float] = (1.0, 1.0)
     """How much faster than the last layer group the head learns: beside the backbone, and alone."""
 
@@ -50,19 +49,10 @@ def pack(
 
 def unpack(checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Position:
     """Puts a checkpoint's state into `model` and `optimizer` and returns where it stands."""
-    model.load_named_state(
-        {
-            name.removeprefix("model/"): tensor
-            for name, tensor in checkpoint.tensors.items()
-            if name.startswith("model/")
-        }
-    )
+    model.load_named_state(without_prefix(checkpoint.tensors, "model/"))
     slots: dict[int, dict[str, Any]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, slot = name.split("/")
-            slots.setdefault(int(index), {})[slot] = tensor
-    for name, value in checkpoint.meta["optimizer"].items():
+    values = without_prefix(checkpoint.tensors, "optimizer/") | checkpoint.meta["optimizer"]
+    for name, value in values.items():
         index, slot = name.split("/")
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

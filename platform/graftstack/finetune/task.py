@@ -22,6 +22,7 @@ from graftstack.finetune.batches import steps_per_epoch
 from graftstack.finetune.metrics import balanced_weights
 from graftstack.finetune.model import GraftedModel, graft
 from graftstack.finetune.phases import Phase, phases
+from graftstack.reason import reason
 from graftstack.runs import find_run
 from graftstack.seeding import derive_seed
 from graftstack.storage import Folder
@@ -174,7 +175,7 @@ def _check_image_size(config: FinetuneConfig, backbone: Backbone, size: int, fre
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"data.image_size={size}: {backbone.name} can't take images of {size}x{size} pixels "
-            f"({str(error).splitlines()[0]}); use its own {default_image_size(backbone.name)}"
+            f"({reason(error)}); use its own {default_image_size(backbone.name)}"
         ) from error
     if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
         _check_lone_image(config, backbone, size, freeze_depth)

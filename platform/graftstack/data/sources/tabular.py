@@ -14,6 +14,7 @@ from graftstack.data.labels import class_column
 from graftstack.data.location import Location, locate
 from graftstack.errors import DataError, did_you_mean
 from graftstack.reason import reason
+from graftstack.storage import is_uri
 
 _FILE = "__filename"  # pyarrow's name for the column that says which file a row comes from
 _NAMES = frozenset({"row_id", "image", "path", "version", "label", "split", "group"})
@@ -133,7 +134,7 @@ def _relative_paths(paths: pa.ChunkedArray, files: pa.ChunkedArray, location: Lo
     folders = {file: posixpath.dirname(location.relative(file)) for file in pc.unique(files).to_pylist()}
     return pa.array(
         [
-            path if path is None or "://" in path else posixpath.join(folders[file], path)
+            path if path is None or is_uri(path) else posixpath.join(folders[file], path)
             for path, file in zip(paths.to_pylist(), files.to_pylist(), strict=True)
         ],
         pa.string(),
