@@ -21,6 +21,9 @@ from graftstack.runs import MANIFEST, Manifest, Run
 
 Capture = pytest.CaptureFixture[str]
 
+# What a job can't do without.
+LEAST = {"sweep": ["space.lr=[1e-3]"]}
+
 
 @pytest.fixture(autouse=True)
 def quiet_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -95,6 +98,9 @@ def python(program: str, *words: str, cwd: Path | None = None) -> subprocess.Com
         ("pretrain name=first resume=true runs_dir={runs_dir}", "name=first: is a finetune run; resume it with the"),
         ("finetune name=x runs_dir={runs_dir}/first/run.json", "runs_dir={runs_dir}/first/run.json: "),
         ("pretrain freeze_depth=2", "freeze_depth=2: pretrain trains every group"),
+        ("sweep", "space is empty: a sweep needs something to vary; add e.g. space.lr=[1e-4,1e-3,1e-2]"),
+        ("sweep space.lrr=[1]", "space.lrr: unknown key; did you mean lr?"),
+        ("sweep space.lr=uniform(1,2)", "space.lr=uniform(1.0,2.0): search=grid needs values; give a list, or add"),
         ("plan", "the following arguments are required: job, key=value; see graftstack plan --help"),
         ("plan nope", "argument job: invalid choice: 'nope'"),
         ("plan finetune epoch=3", "epoch=3: unknown key; did you mean epochs?"),
@@ -314,13 +320,15 @@ print(*sorted((heavy | {"hydra", "rich", "yaml"}) & sys.modules.keys()))
 from graftstack.cli import main
 jobs = ["finetune", "pretrain"]
 print(*(main([*plan, job, "backbone=nope"]) for plan in ([], ["plan"]) for job in jobs))
+print(main(["sweep"]), main(["sweep", "space.lr=[0]"]), main(["sweep", "--help"]))
 print(main(["runs"]), main(["runs", "show", "nope"]), main(["evaluate", "nope"]), main(["finetune", "--help"]))
 print(*sorted(heavy & sys.modules.keys()))
 """
     done = python(program, cwd=tmp_path)
     first, second, *_, before_last, last = done.stdout.splitlines()
     assert (first, second, before_last, last) == ("", "2 2 2 2", "0 2 2 0", "")
-    assert [line.split()[2] for line in done.stderr.splitlines()] == ["unknown;"] * 4 + ["no"] * 2
+    assert "2 2 0" in done.stdout.splitlines()
+    assert [line.split()[2] for line in done.stderr.splitlines()] == ["unknown;"] * 4 + ["is", "must"] + ["no"] * 2
     assert tree(tmp_path) == {}
 
 
@@ -330,7 +338,7 @@ def test_there_is_a_script_for_each_job() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_jobs_script_is_the_same_job(tmp_path: Path, job: str) -> None:
-    script = [sys.executable, str(jobs_dir() / f"{job}.py"), "backbone=nope"]
+    script = [sys.executable, str(jobs_dir() / f"{job}.py"), "backbone=nope", *LEAST.get(job, [])]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stdout == ""

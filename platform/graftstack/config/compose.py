@@ -1,8 +1,7 @@
 """YAML and overrides become one typed, validated dataclass; this module alone knows Hydra and OmegaConf."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from graftstack.config.jobs import JOBS
 from graftstack.config.paths import conf_dir
+from graftstack.config.plain import flatten, key_types
 from graftstack.config.schema import FinetuneConfig
 from graftstack.errors import ConfigError, did_you_mean
 
@@ -25,6 +26,12 @@ _SHORT_FOR = {"backbone": "backbone.name"}
 
 # Text that is one quoted string arrives without its quotes, as in Hydra: `name="null"` is a name.
 _IN_QUOTES = re.compile(r"""\A(['"])((?:(?!\1).)*)\1\Z""", flags=re.DOTALL)
+
+# The section whose keys are the user's own: those of the search space of a sweep.
+_SPACE = "space"
+
+# What is no text in a search space: null, a truth value or a number.
+_SCALAR = re.compile(r"null|true|false|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", flags=re.IGNORECASE)
 
 
 def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
@@ -40,7 +47,11 @@ def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            tree = compose(job, [_hydra_override(config_type, override) for override in last_wins])
+            in_space = [override for override in last_wins if _is_in_space(config_type, _key_of(override))]
+            others = [override for override in last_wins if override not in in_space]
+            tree = compose(job, [_hydra_override(config_type, override) for override in others])
+            if in_space:
+                _fill_space(tree, in_space)
         config = OmegaConf.to_object(tree)
     except ConfigError:
         raise
@@ -98,10 +109,10 @@ def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
 
 
 def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> None:
-    known = {*_keys(config_type), *_groups()}
+    known = {*key_types(config_type), *_groups()}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key not in known:
+        if key not in known and not _is_in_space(config_type, key):
             raise ConfigError(f"{key}={value}: unknown key; {did_you_mean(key, known)}")
         if not value:
             raise ConfigError(f"{key}=: has no value; give one, or leave the key out")
@@ -109,30 +120,50 @@ def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> 
             raise ConfigError(f"{key}={value}: unknown choice; {did_you_mean(value, choices(key))}")
 
 
-def _keys(config_type: type, prefix: str = "") -> dict[str, Any]:
-    """Returns every key and the type of its value, sections expanded."""
-    found: dict[str, Any] = {}
-    for item in fields(config_type):
-        is_section = isinstance(item.type, type) and is_dataclass(item.type)
-        found |= _keys(item.type, f"{prefix}{item.name}.") if is_section else {f"{prefix}{item.name}": item.type}  # type: ignore[arg-type]
-    return found
-
-
 def _hydra_override(config_type: type[FinetuneConfig], override: str) -> str:
     """Turns a short form into the key it stands for, and quotes text, which Hydra's grammar would otherwise read."""
     key, _, value = override.partition("=")
     if key in _SHORT_FOR and value not in choices(key):
         key = _SHORT_FOR[key]
-    kind = str(_keys(config_type).get(key, ""))
+    kind = str(key_types(config_type).get(key, ""))
     if "str" in kind and not _is_literal(value, kind):
         value = _quoted(_IN_QUOTES.sub(r"\2", value))
-    try:
-        parsed = OverridesParser.create().parse_override(f"{key}={value}")
-    except HydraException as error:
-        raise ConfigError(f"{override}: the value can't be read; close its brackets, or put it in quotes") from error
-    if parsed.is_sweep_override():
+    if _parsed(override, key, value).is_sweep_override():
         raise ConfigError(f"{override}: several values; give one, or a list in brackets where the key takes a list")
     return f"{key}={value}"
+
+
+def _parsed(override: str, key: str, value: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        raise ConfigError(f"{override}: the value can't be read; close its brackets, or put it in quotes") from error
+
+
+def _is_in_space(config_type: type[FinetuneConfig], key: str) -> bool:
+    return _SPACE in key_types(config_type) and key.partition(".")[0] == _SPACE
+
+
+def _fill_space(tree: DictConfig, overrides: Sequence[str]) -> None:
+    """Puts the user's domains over those of the YAML, under dotted keys: `optimizer` is no parent of `optimizer.lr`."""
+    space = flatten(OmegaConf.to_container(tree[_SPACE]))  # type: ignore[arg-type]
+    for override in overrides:
+        value = _domain(override)
+        _, _, key = _key_of(override).partition(".")
+        if not key and not isinstance(value, Mapping):
+            raise ConfigError(f"{override}: vary which key? write {_SPACE}.KEY=[VALUE,...]")
+        space |= flatten({key: value} if key else value)
+    tree[_SPACE] = space
+
+
+def _domain(override: str) -> Any:
+    """Returns the value of a key of the space: what stands in brackets or quotes as Hydra reads it, else one scalar."""
+    _, _, value = override.partition("=")
+    if not (value.startswith(("[", "{")) or _IN_QUOTES.match(value) or _SCALAR.fullmatch(value)):
+        if "," in value and "(" not in value:
+            raise ConfigError(f"{override}: several values; put them in brackets")
+        value = _quoted(value)
+    return _parsed(override, _SPACE, value).value()
 
 
 def _is_literal(value: str, kind: str) -> bool:

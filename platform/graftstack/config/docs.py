@@ -5,9 +5,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from graftstack.config.plain import typed
 
 
 class KeyDoc(NamedTuple):
@@ -26,7 +27,7 @@ def key_docs(config_type: type, prefix: str = "") -> Iterator[KeyDoc]:
             yield from key_docs(item.type, f"{prefix}{item.name}.")
             continue
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        yield KeyDoc(f"{prefix}{item.name}", _typed(default), texts[item.name])
+        yield KeyDoc(f"{prefix}{item.name}", typed(default), texts[item.name])
 
 
 @cache
@@ -43,11 +44,3 @@ def _field_texts(config_type: type) -> dict[str, str]:
                 assert isinstance(following.value, ast.Constant)
                 texts[statement.target.id] = str(following.value.value)
     return texts
-
-
-def _typed(value: Any) -> str:
-    if isinstance(value, Enum):
-        return str(value.value)
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)

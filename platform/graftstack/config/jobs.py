@@ -1,8 +1,10 @@
 """The jobs there are, and the dataclass that configures each."""
 
 from graftstack.config.schema import FinetuneConfig, PretrainConfig
+from graftstack.config.sweep import SweepConfig
 
 JOBS: dict[str, type[FinetuneConfig]] = {
     "finetune": FinetuneConfig,
     "pretrain": PretrainConfig,
+    "sweep": SweepConfig,
 }

@@ -1,4 +1,4 @@
-"""A configuration as plain values, for JSON and YAML."""
+"""A configuration as plain values, for JSON and YAML, and its keys as they are typed."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -31,3 +31,24 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def key_types(config_type: type, prefix: str = "") -> Mapping[str, Any]:
+    """Returns every key of a configuration dataclass and the type of its value, sections expanded."""
+    found: dict[str, Any] = {}
+    for item in fields(config_type):
+        is_section = isinstance(item.type, type) and is_dataclass(item.type)
+        key = f"{prefix}{item.name}"
+        found |= key_types(item.type, f"{key}.") if is_section else {key: item.type}  # type: ignore[arg-type]
+    return found
+
+
+def typed(value: Any) -> str:
+    """Returns a value as it would be typed after ``key=``."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -235,11 +235,14 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Save after this many steps as well as at the end of each epoch."""
+    min_interval_s: float = 0.0
+    """At the end of an epoch save only if the last save is this old, in seconds."""
     num_to_keep: int = 2
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.min_interval_s", self.min_interval_s, 0)
         at_least("checkpoint.num_to_keep", self.num_to_keep, 1)
 
 
@@ -321,6 +324,8 @@ class FinetuneConfig:
     """Which parts train when."""
     augment: Augment = Augment.none
     """none, or standard (random crop and horizontal flip)."""
+    augment_views: int | None = None
+    """Epochs after which the random changes repeat, so that taps can hold them; null: never."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
     class_weights: ClassWeights = ClassWeights.none
@@ -350,6 +355,12 @@ class FinetuneConfig:
         at_least("epochs", self.epochs, 0)
         at_least("batch_size", self.batch_size, 1)
         at_least("accumulate", self.accumulate, 1)
+        at_least("augment_views", self.augment_views, 1)
+        if self.augment is Augment.none and self.augment_views is not None:
+            raise ConfigError(
+                f"augment_views={self.augment_views}: augment=none changes nothing at random; leave it out, or add "
+                "augment=standard"
+            )
         fraction("label_smoothing", self.label_smoothing)
         above("clip_grad_norm", self.clip_grad_norm, 0)
         at_least("early_stop", self.early_stop, 1)
