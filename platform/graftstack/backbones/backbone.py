@@ -29,6 +29,7 @@ class Backbone(nn.Module):
         self._anatomy = anatomy
         self._freeze_depth = 0
         self._parameter_names = _names_by_group(name, model, anatomy)
+        self._buffer_names = _buffers_by_group(model, anatomy)
         for key, parameter in model.named_parameters():
             if self.is_head_key(key):
                 parameter.requires_grad_(False)  # noqa: FBT003 - torch's own signature
@@ -110,6 +111,14 @@ class Backbone(nn.Module):
         """The parameters of group `index` with the names that the wrapped model gives them."""
         return [(name, self.model.get_parameter(name)) for name in self._parameter_names[index]]
 
+    def group_state(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Parameters and buffers of groups ``start..stop-1``, by the model's own names; they share its memory."""
+        state: dict[str, Tensor] = self.model.state_dict()
+        names = {
+            name for part in (self._parameter_names, self._buffer_names) for keys in part[start:stop] for name in keys
+        }
+        return {key: tensor for key, tensor in state.items() if key in names}
+
     def backbone_state(self) -> dict[str, Tensor]:
         """Parameters and buffers of all but the pretrained head, by the model's own names; they share its memory."""
         state: dict[str, Tensor] = self.model.state_dict()
@@ -151,3 +160,9 @@ def _names_by_group(name: str, model: nn.Module, anatomy: Anatomy) -> tuple[tupl
         assert len(owners) == 1, f"{name}: {key} belongs to {len(owners)} layer groups"
         names[owners[0]].append(key)
     return tuple(tuple(group) for group in names)
+
+
+def _buffers_by_group(model: nn.Module, anatomy: Anatomy) -> tuple[tuple[str, ...], ...]:
+    """The names of the model's buffers (running statistics and the like) in each group; the head's are in none."""
+    members = [{id(buffer) for buffer in group.module.buffers()} for group in anatomy.groups]
+    return tuple(tuple(key for key, buffer in model.named_buffers() if id(buffer) in member) for member in members)

@@ -77,9 +77,14 @@ def load_weights(backbone: Backbone, spec: str, *, keep_head: bool = False) -> W
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """A hash of what a state dict holds, independent of its order and device: names, dtypes, shapes and bytes."""
+    """A hash of what a state dict holds, independent of its order and device: names, dtypes, shapes and bytes.
+
+    Counters are left out: they don't affect what a model computes.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for key, tensor in sorted(state.items()):
+        if _is_counter(key):
+            continue
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().data)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,8 @@ class ImageData:
     """Of the source's content, bad images included."""
     num_skipped: int
     """Images left out because they can't be decoded."""
+    split: npt.NDArray[np.str_] | None
+    """``str [N]``: what the source says of each row; None where it doesn't."""
     groups: npt.NDArray[np.str_] | None
     """``str [N]``: rows with the same value are on one side of a split."""
 
@@ -87,11 +89,17 @@ def load_images(
         splits=splits,
         fingerprint=kept.fingerprint,
         num_skipped=len(decoded.bad),
+        split=kept.split,
         groups=kept.groups,
     )
 
 
-def split_rows(source: SourceTable, config: DataConfig, *, seed: int, for_training: bool = True) -> Splits:
+def split_again(data: ImageData, config: DataConfig, *, seed: int) -> ImageData:
+    """Returns the same images split by another seed; nothing is read. Raises as `split_rows`."""
+    return replace(data, splits=split_rows(data, config, seed=seed))
+
+
+def split_rows(source: SourceTable | ImageData, config: DataConfig, *, seed: int, for_training: bool = True) -> Splits:
     """Returns the split that the source gives, or a random one by group or by class.
 
     Raises:

@@ -8,19 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftstack.backbones.preprocessing import Preprocessing
-from graftstack.config.schema import Augment, FinetuneConfig
+from graftstack.config.schema import FinetuneConfig
 from graftstack.data.batches import epoch_order, shard
 from graftstack.data.load import ImageData
-from graftstack.finetune.augment import augment
-from graftstack.seeding import derive_seed
+from graftstack.finetune.inputs import Inputs
 
 
 class Batch(NamedTuple):
-    """Images and their classes."""
+    """Images, or what frozen groups made of them, and their classes."""
 
-    images: Tensor
-    """uint8, [B, 3, S, S]"""
+    values: Tensor
+    """As stored, [B, ...]; `Inputs.prepared` makes them ready for the model."""
     labels: Tensor
     """int64, [B]"""
 
@@ -49,31 +47,50 @@ def steps_per_epoch(config: FinetuneConfig, num_rows: int) -> int:
     return num_rows // (config.batch_size * config.accumulate)
 
 
+class StepRows(NamedTuple):
+    """The rows of one step, over all ranks and accumulations."""
+
+    step: int
+    epoch: int
+    """Counted from 0."""
+    rows: np.ndarray
+    """int64, [batch_size * accumulate]"""
+
+
+def step_rows(config: FinetuneConfig, train_rows: np.ndarray, steps: Iterable[int]) -> Iterator[StepRows]:
+    """Yields which rows each of `steps` takes: its slice of the epoch's order."""
+    per_step = config.batch_size * config.accumulate
+    per_epoch = steps_per_epoch(config, len(train_rows))
+    order_of_epoch: tuple[int, np.ndarray] | None = None
+    for step in steps:
+        epoch, position = divmod(step, per_epoch)
+        if order_of_epoch is None or order_of_epoch[0] != epoch:
+            order_of_epoch = epoch, train_rows[epoch_order(len(train_rows), seed=config.seed, epoch=epoch)]
+        yield StepRows(step, epoch, order_of_epoch[1][position * per_step : (position + 1) * per_step])
+
+
 def step_batches(
     config: FinetuneConfig,
     data: ImageData,
+    inputs: Inputs,
     class_weights: Tensor,
+    *,
     steps: Iterable[int],
     part: Sharding,
 ) -> Iterator[StepBatches]:
     """Yields what `part` computes in each of `steps`.
 
-    A step takes the same images on any number of workers: its slice of the epoch's order, shared out over the ranks.
+    A step takes the same images on any number of workers: its rows, shared out over the ranks.
     """
-    rows = data.splits.train
-    per_step = config.batch_size * config.accumulate
-    per_epoch = steps_per_epoch(config, len(rows))
-    order_of_epoch: tuple[int, np.ndarray] | None = None
     weights = class_weights.numpy()
-    for step in steps:
-        epoch, position = divmod(step, per_epoch)
-        if order_of_epoch is None or order_of_epoch[0] != epoch:
-            order_of_epoch = epoch, rows[epoch_order(len(rows), seed=config.seed, epoch=epoch)]
-        chosen = order_of_epoch[1][position * per_step : (position + 1) * per_step]
+    for step, epoch, chosen in step_rows(config, data.splits.train, steps):
         mine = shard(chosen, rank=part.rank, world_size=part.world_size)
         yield StepBatches(
             step=step,
-            batches=[_batch(config, data, piece, epoch) for piece in np.array_split(mine, config.accumulate)],
+            batches=[
+                Batch(inputs.training(rows, epoch=epoch), torch.from_numpy(data.labels[rows]))
+                for rows in np.array_split(mine, config.accumulate)
+            ],
             total_weight=float(weights[data.labels[chosen]].sum()),
             num_images=len(chosen),
         )
@@ -86,19 +103,3 @@ def prefetch(items: Iterator[StepBatches]) -> Iterator[StepBatches]:
         while (item := following.result()) is not None:
             following = executor.submit(next, items, None)
             yield item
-
-
-def normalize(images: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """Returns uint8 images [B, 3, S, S] as floats, normalised as the backbone expects, on `device`."""
-    scaled = images.to(device, non_blocking=True).float()
-    mean = torch.tensor(preprocessing.mean, device=device).mul_(255).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=device).mul_(255).view(1, 3, 1, 1)
-    return scaled.sub_(mean).div_(std)
-
-
-def _batch(config: FinetuneConfig, data: ImageData, rows: np.ndarray, epoch: int) -> Batch:
-    images = data.images.batch(rows)
-    if config.augment is not Augment.none:
-        seeds = [derive_seed(config.seed, "augment", epoch, int(row)) for row in rows]
-        images = augment(images, config.augment, seeds)
-    return Batch(images, torch.from_numpy(data.labels[rows]))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from graftstack.config.schema import OptimizerName
 from graftstack.data.batches import epoch_order
-from graftstack.finetune.batches import normalize
 from graftstack.finetune.task import Task
 from graftstack.runtime import Worker
 
@@ -65,5 +64,6 @@ def _mean_norm(task: Task, device: torch.device) -> Tensor:
     backbone = task.model.backbone.eval()
     rows = task.data.splits.train
     sample = rows[epoch_order(len(rows), seed=task.config.seed, epoch=0)[:_NUM_SAMPLED]]
-    features = backbone(normalize(task.data.images.batch(sample), task.preprocessing, device))
+    values = task.inputs.prepared(task.inputs.plain(sample), device)
+    features = backbone.run_groups(values, task.inputs.boundary, backbone.num_groups)
     return _NORM[task.config.optimizer.name](features.float()).mean()

@@ -4,10 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.data.batches import shard
-from graftstack.data.load import ImageData
-from graftstack.finetune.batches import normalize
+from graftstack.finetune.inputs import Inputs
 from graftstack.finetune.model import GraftedModel
 from graftstack.runtime import Worker
 
@@ -15,17 +13,21 @@ from graftstack.runtime import Worker
 _BATCH_SIZE, _BATCH_PIXELS = 256, 256 * 64 * 64
 
 
+def inference_batch_size(image_size: int) -> int:
+    """Returns how many images of `image_size` pixels go through a model at once where nothing trains."""
+    return max(1, min(_BATCH_SIZE, _BATCH_PIXELS // image_size**2))
+
+
 @torch.no_grad()
 def predict_logits(
-    model: GraftedModel, data: ImageData, rows: np.ndarray, preprocessing: Preprocessing, worker: Worker
+    model: GraftedModel, inputs: Inputs, rows: np.ndarray, worker: Worker, *, image_size: int, num_classes: int
 ) -> Tensor:
     """Returns the logits of `rows`, each rank computing its share: fp32, [len(rows), num_classes], on the CPU."""
     model.eval()
     mine = shard(rows, rank=worker.rank, world_size=worker.world_size)
-    num = max(1, min(_BATCH_SIZE, _BATCH_PIXELS // preprocessing.image_size**2))
+    num = inference_batch_size(image_size)
     pieces = [
-        model(normalize(data.images.batch(mine[start : start + num]), preprocessing, worker.device)).float()
+        model(inputs.prepared(inputs.plain(mine[start : start + num]), worker.device), inputs.boundary).float()
         for start in range(0, len(mine), num)
     ]
-    num_classes = len(data.class_names)
     return worker.gather(torch.cat(pieces) if pieces else torch.empty(0, num_classes, device=worker.device))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from graftstack.finetune.artifact import save_model
+from graftstack.finetune.counting import counting_forwards
 from graftstack.finetune.predictions import parquet_bytes, prediction_table
 from graftstack.finetune.task import Task
 from graftstack.finetune.training import Progress, Trained, Training
@@ -27,6 +28,10 @@ class Outcome(NamedTuple):
     metrics: dict[str, float]
     artifacts: dict[str, str]
     details: dict[str, Any]
+    history: tuple[dict[str, float], ...]
+    """One row of metrics for each epoch."""
+    backbone_forwards: int
+    """Images that went through frozen groups on this rank, counted."""
 
 
 class ProgressFile:
@@ -66,14 +71,15 @@ def train_rank(
         to_file(progress)
         on_progress(progress)
 
-    trained = Training(task, worker, folder / CHECKPOINTS, on_progress=tell).run()
+    with counting_forwards(task.model.backbone) as count:
+        trained = Training(task, worker, folder / CHECKPOINTS, on_progress=tell).run()
     if worker.rank == 0:
         _save_artifacts(task, trained, folder)
     worker.report(trained.metrics)
     artifacts = {"model": MODEL, "val_predictions": VAL_PREDICTIONS}
     if trained.history:
         artifacts |= {"metrics": METRICS, "checkpoints": CHECKPOINTS}
-    return Outcome(trained.metrics, artifacts, _details(task, trained))
+    return Outcome(trained.metrics, artifacts, _details(task, trained), trained.history, count.num_images)
 
 
 def _save_artifacts(task: Task, trained: Trained, folder: Folder) -> None:

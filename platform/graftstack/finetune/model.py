@@ -23,24 +23,27 @@ class GraftedModel(nn.Module):
         self.head = head
         self.head_boundary = head_boundary
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits."""
-        logits: Tensor = self.head(self.backbone.run_groups(images, 0, self.head_boundary))
+    def forward(self, values: Tensor, boundary: int = 0) -> Tensor:
+        """Returns the logits of images, or of what layer group ``boundary - 1`` made of them."""
+        logits: Tensor = self.head(self.backbone.run_groups(values, boundary, self.head_boundary))
         return logits
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Returns the live tensors that make the model: ``backbone.NAME`` and ``head.NAME``.
+    def named_state(self, *, above: int = 0) -> dict[str, Tensor]:
+        """Returns the live tensors of the model without its first `above` groups: ``backbone.NAME`` and ``head.NAME``.
 
         NAME is what the backbone's own library calls it; the backbone's own head has no part in the model.
         """
-        backbone = {f"backbone.{name}": tensor for name, tensor in self.backbone.backbone_state().items()}
+        frozen = self.backbone.group_state(0, above)
+        state = self.backbone.backbone_state()
+        backbone = {f"backbone.{name}": tensor for name, tensor in state.items() if name not in frozen}
         return backbone | {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
 
-    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_named_state(self, state: Mapping[str, Tensor], *, above: int = 0) -> None:
         """Copies in what `named_state` returned. Raises `RuntimeError` where names or shapes differ."""
         backbone = self.backbone
+        kept = backbone.group_state(0, above)
         own_head = {name: value for name, value in backbone.model.state_dict().items() if backbone.is_head_key(name)}
-        backbone.model.load_state_dict(own_head | without_prefix(state, "backbone."))
+        backbone.model.load_state_dict(own_head | kept | without_prefix(state, "backbone."))
         self.head.load_state_dict(without_prefix(state, "head."))
 
 

@@ -113,8 +113,8 @@ def _groups(task: Task) -> tuple[GroupPlan, ...]:
 
 
 def _checkpoint_bytes(task: Task) -> int:
-    """The model, and two moments of whatever trains."""
-    model = sum(tensor.nbytes for tensor in task.model.named_state().values())
+    """What changes of the model, and two moments of whatever trains."""
+    model = sum(tensor.nbytes for tensor in task.model.named_state(above=task.freeze_depth).values())
     backbone = task.model.backbone
     trained = [
         p for index in range(task.freeze_depth, backbone.num_groups) for _, p in backbone.group_parameters(index)
@@ -126,5 +126,12 @@ def _time_validation(task: Task) -> float:
     rows = task.data.splits.val
     sample = rows[:_NUM_TIMED]
     began = time.perf_counter()
-    predict_logits(task.model, task.data, sample, task.preprocessing, LocalWorker())
+    predict_logits(
+        task.model,
+        task.inputs,
+        sample,
+        LocalWorker(),
+        image_size=task.preprocessing.image_size,
+        num_classes=len(task.data.class_names),
+    )
     return (time.perf_counter() - began) * len(rows) / max(1, len(sample))

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from graftstack.config.schema import DataConfig, OnBadImage, Source
 from graftstack.data.load import ImageData, load_images
 from graftstack.errors import BadInputError, DataError
-from graftstack.finetune.artifact import load_model
+from graftstack.finetune.artifact import ModelCard, load_model
 from graftstack.finetune.inference import predict_logits
+from graftstack.finetune.inputs import ImageInputs
 from graftstack.finetune.metrics import classification_metrics
+from graftstack.finetune.model import GraftedModel
 from graftstack.finetune.predictions import parquet_bytes, prediction_table
 from graftstack.runs import Run
 from graftstack.runtime import LocalWorker
@@ -66,7 +69,7 @@ def predict(run: Run, data: DataConfig, *, progress: Callable[[int, int], None] 
         progress=progress,
     )
     rows = np.arange(len(images))
-    return prediction_table(predict_logits(model, images, rows, card.preprocessing, LocalWorker()), images, rows)
+    return prediction_table(_logits(model, card, images, rows), images, rows)
 
 
 def evaluate(
@@ -81,7 +84,7 @@ def evaluate(
     seed = run.manifest.config["seed"]
     images = load_images(data, image_size=card.image_size, seed=seed, class_names=card.class_names, progress=progress)
     rows = _rows_of(images, part)
-    logits = predict_logits(model, images, rows, card.preprocessing, LocalWorker())
+    logits = _logits(model, card, images, rows)
     return classification_metrics(logits, torch.from_numpy(images.labels[rows])) | {"num_rows": len(rows)}
 
 
@@ -100,6 +103,13 @@ def write_predictions(table: pa.Table, out: str) -> None:
     """Writes the Parquet file `out`, a path or URI, whole or not at all."""
     folder, name = _place(out)
     folder.write(name, parquet_bytes(table))
+
+
+def _logits(model: GraftedModel, card: ModelCard, images: ImageData, rows: np.ndarray) -> Tensor:
+    inputs = ImageInputs(images.images, card.preprocessing)
+    return predict_logits(
+        model, inputs, rows, LocalWorker(), image_size=card.image_size, num_classes=len(card.class_names)
+    )
 
 
 def _place(out: str) -> tuple[Folder, str]:

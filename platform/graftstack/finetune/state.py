@@ -30,13 +30,18 @@ class Position(NamedTuple):
 
 
 def pack(
-    position: Position, model: GraftedModel, optimizer: torch.optim.Optimizer, *, data: dict[str, str | int]
+    position: Position,
+    model: GraftedModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    freeze_depth: int,
+    facts: dict[str, str | int],
 ) -> Checkpoint:
-    """Returns everything that the next step depends on, and `data`, by which a change of the images is noticed.
+    """Returns what the next step depends on and that changes, and `facts`, by which a change of the rest is noticed.
 
-    The tensors are the live ones, not copies.
+    The tensors are the live ones, not copies; those of the first `freeze_depth` groups, which never change, stay out.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in model.named_state().items()}
+    tensors = {f"model/{name}": tensor for name, tensor in model.named_state(above=freeze_depth).items()}
     scalars: dict[str, float] = {}
     for index, slots in optimizer.state_dict()["state"].items():
         for slot, value in slots.items():
@@ -44,12 +49,14 @@ def pack(
                 tensors[f"optimizer/{index}/{slot}"] = value
             elif value is not None:
                 scalars[f"{index}/{slot}"] = value
-    return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars, "data": data})
+    return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars, "facts": facts})
 
 
-def unpack(checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.Optimizer) -> Position:
+def unpack(
+    checkpoint: Checkpoint, model: GraftedModel, optimizer: torch.optim.Optimizer, *, freeze_depth: int
+) -> Position:
     """Puts a checkpoint's state into `model` and `optimizer` and returns where it stands."""
-    model.load_named_state(without_prefix(checkpoint.tensors, "model/"))
+    model.load_named_state(without_prefix(checkpoint.tensors, "model/"), above=freeze_depth)
     slots: dict[int, dict[str, Any]] = {}
     values = without_prefix(checkpoint.tensors, "optimizer/") | checkpoint.meta["optimizer"]
     for name, value in values.items():

@@ -1,9 +1,11 @@
 """From a configuration to everything a training needs, checked before anything is written."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +15,14 @@ from graftstack.backbones.catalog import default_image_size, require_known
 from graftstack.backbones.preprocessing import Preprocessing, preprocessing_of
 from graftstack.backbones.registry import build
 from graftstack.backbones.weights import load_weights
+from graftstack.config.plain import to_plain
 from graftstack.config.schema import ClassWeights, FinetuneConfig
-from graftstack.data.load import ImageData, load_images
+from graftstack.data.load import ImageData, load_images, split_again
 from graftstack.data.table import read_table
 from graftstack.errors import ConfigError, DataError, RunError, WeightsError
 from graftstack.finetune.artifact import WEIGHTS, ModelCard, read_card
 from graftstack.finetune.batches import steps_per_epoch
+from graftstack.finetune.inputs import Augmentation, ImageInputs, Inputs
 from graftstack.finetune.metrics import balanced_weights
 from graftstack.finetune.model import GraftedModel, graft
 from graftstack.finetune.phases import Phase, phases
@@ -41,6 +45,25 @@ class Task:
     freeze_depth: int
     weights_used: str
     """Where the initial weights came from, for people."""
+    tap: Inputs | None = None
+    """What the frozen groups make of the images, where that is stored."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the model is fed: the tap if there is one, else the images."""
+        return self.tap or self.images
+
+    @cached_property
+    def images(self) -> ImageInputs:
+        """The images, with the random changes of the configuration."""
+        config = self.config
+        augmentation = Augmentation(config.augment, config.seed, config.augment_views)
+        return ImageInputs(self.data.images, self.preprocessing, augmentation)
+
+    @property
+    def boundary(self) -> int:
+        """The layer group from which on a tap can replace the images: all groups before it stay frozen throughout."""
+        return min(self.freeze_depth, self.model.head_boundary)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -92,27 +115,95 @@ def prepare(config: FinetuneConfig, *, progress: Callable[[int, int], None] | No
     Raises:
         ConfigError, DataError, WeightsError: what the user gave can't be trained; one line with the remedy.
     """
-    require_known(config.backbone.name)
-    preprocessing = _preprocessing(config)
+    return Workbench(progress=progress).task(config)
+
+
+class Workbench:
+    """Makes tasks that differ in their settings from data and backbones that are read once.
+
+    The model of a task is that of the one before wherever their backbones are the same: a task is to be done with
+    before the next is made.
+    """
+
+    def __init__(self, *, progress: Callable[[int, int], None] | None = None) -> None:
+        self._progress = progress
+        self._data: dict[str, ImageData] = {}
+        self._grafts: dict[str, _Rootstock] = {}
+
+    def task(self, config: FinetuneConfig) -> Task:
+        """Returns a training with the backbone's initial weights and a new head. Raises as `prepare`."""
+        require_known(config.backbone.name)
+        preprocessing = _preprocessing(config)
+        rootstock = self._rootstock(config, preprocessing)
+        backbone = rootstock.restored()
+        freeze_depth = resolve_depth(config.freeze_depth, backbone)
+        if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
+            _check_lone_image(config, backbone, preprocessing.image_size, freeze_depth)
+        data = self._images(config, preprocessing.image_size)
+        _check_batch_size(config, len(data.splits.train))
+        num_classes = len(data.class_names)
+        return Task(
+            config=config,
+            data=data,
+            model=graft(backbone, num_classes=num_classes, keep_head=config.backbone.keep_head, seed=config.seed),
+            preprocessing=preprocessing,
+            freeze_depth=freeze_depth,
+            weights_used=rootstock.weights_used,
+        )
+
+    def _rootstock(self, config: FinetuneConfig, preprocessing: Preprocessing) -> "_Rootstock":
+        is_random = config.backbone.weights == "none"
+        own_classes = _key_of(config.data) if config.backbone.keep_head else ""
+        key = _key_of(config.backbone, config.runs_dir, preprocessing, own_classes, config.seed if is_random else None)
+        if key not in self._grafts:
+            self._grafts = {key: _read_backbone(config, preprocessing)}  # one at a time: they are large
+        return self._grafts[key]
+
+    def _images(self, config: FinetuneConfig, image_size: int) -> ImageData:
+        if config.data.features and config.data.image is None:
+            raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
+        key = _key_of(config.data, image_size)
+        if key in self._data:
+            return split_again(self._data[key], config.data, seed=config.seed)
+        data = load_images(config.data, image_size=image_size, seed=config.seed, progress=self._progress)
+        self._data[key] = data
+        return data
+
+
+class _Rootstock:
+    """A backbone with its initial weights, to be grafted upon again and again."""
+
+    def __init__(self, backbone: Backbone, weights_used: str) -> None:
+        self._backbone = backbone
+        self.weights_used = weights_used
+        self._initial: dict[str, Tensor] | None = None
+
+    def restored(self) -> Backbone:
+        """Returns the backbone as it was before the last training."""
+        backbone = self._backbone
+        state = backbone.model.state_dict()
+        if self._initial is None:
+            self._initial = {name: tensor.clone() for name, tensor in state.items()}
+        else:
+            with torch.no_grad():
+                for name, tensor in backbone.group_state(backbone.freeze_depth, backbone.num_groups).items():
+                    tensor.copy_(self._initial[name])
+        backbone.freeze(0)
+        return backbone
+
+
+def _read_backbone(config: FinetuneConfig, preprocessing: Preprocessing) -> _Rootstock:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "backbone"))
         backbone = build(config.backbone.name, num_classes=_head_size(config), image_size=preprocessing.image_size)
-    freeze_depth = resolve_depth(config.freeze_depth, backbone)
+    resolve_depth(config.freeze_depth, backbone)
     weights_used = _load_weights(config, backbone)
-    if config.data.features and config.data.image is None:
-        raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
-    _check_image_size(config, backbone, preprocessing.image_size, freeze_depth)
-    data = load_images(config.data, image_size=preprocessing.image_size, seed=config.seed, progress=progress)
-    _check_batch_size(config, len(data.splits.train))
-    model = graft(backbone, num_classes=len(data.class_names), keep_head=config.backbone.keep_head, seed=config.seed)
-    return Task(
-        config=config,
-        data=data,
-        model=model,
-        preprocessing=preprocessing,
-        freeze_depth=freeze_depth,
-        weights_used=weights_used,
-    )
+    _check_image_size(backbone, preprocessing.image_size)
+    return _Rootstock(backbone, weights_used)
+
+
+def _key_of(*parts: Any) -> str:
+    return json.dumps([to_plain(part) for part in parts])
 
 
 def _head_size(config: FinetuneConfig) -> int | None:
@@ -167,8 +258,8 @@ def _check_batch_size(config: FinetuneConfig, num_train: int) -> None:
     raise ConfigError(f"{given}: a step takes {per_step} images and the training part has {num_train}; use {remedy}")
 
 
-def _check_image_size(config: FinetuneConfig, backbone: Backbone, size: int, freeze_depth: int) -> None:
-    """Feeds the backbone a blank image, and as many as the smallest share of a batch where that is one."""
+def _check_image_size(backbone: Backbone, size: int) -> None:
+    """Feeds the backbone a blank image."""
     try:
         with torch.no_grad():
             backbone.eval()(torch.zeros(1, 3, size, size))
@@ -177,8 +268,6 @@ def _check_image_size(config: FinetuneConfig, backbone: Backbone, size: int, fre
             f"data.image_size={size}: {backbone.name} can't take images of {size}x{size} pixels "
             f"({reason(error)}); use its own {default_image_size(backbone.name)}"
         ) from error
-    if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
-        _check_lone_image(config, backbone, size, freeze_depth)
 
 
 def _check_lone_image(config: FinetuneConfig, backbone: Backbone, size: int, freeze_depth: int) -> None:

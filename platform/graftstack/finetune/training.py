@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftstack.backbones.weights import hash_state
 from graftstack.checkpoint import Checkpoint, CheckpointStore
 from graftstack.config.schema import Precision, Select
 from graftstack.errors import OutOfMemoryError, RunError, TrainingError
-from graftstack.finetune.batches import Sharding, StepBatches, normalize, prefetch, step_batches
+from graftstack.finetune.batches import Sharding, StepBatches, prefetch, step_batches
 from graftstack.finetune.head_rate import head_rates
 from graftstack.finetune.inference import predict_logits
 from graftstack.finetune.metrics import classification_metrics
@@ -80,6 +82,10 @@ class Training:
         # Two, because the newest may be of an epoch that a resumed run has yet to repeat.
         self.best = CheckpointStore(checkpoints / "best", num_to_keep=2)
         self.position = Position()
+        self._best_state: dict[str, Tensor] = {}
+        """Of the best epoch; empty where that was before this process began."""
+        self._saved_best_epoch = 0
+        self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
         self._looked_at = time.perf_counter()
         self._images_since = 0
@@ -91,12 +97,35 @@ class Training:
             TrainingError: the loss became NaN or infinite; names the step and the learning rate. On all ranks.
             StorageFullError: a checkpoint could not be saved; the last good one is still there.
         """
-        with torch.random.fork_rng(devices=[]):
-            self._resume()
-            for phase in self.task.phases:
-                if self.position.step < phase.stop and not self._is_over():
-                    self._run_phase(phase)
-            return self._finish()
+        for _ in self.epochs():
+            pass
+        return self.finish()
+
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """Trains, and yields the metrics of each epoch at its end; who has seen enough asks for no more.
+
+        Raises as `run`.
+        """
+        self._resume()
+        for phase in self.task.phases:
+            if self.position.step < phase.stop and not self._is_over():
+                yield from self._run_phase(phase)
+
+    def finish(self) -> Trained:
+        """Puts the selected weights into the model and returns what they reach."""
+        epoch = len(self.position.history)
+        if epoch and self.config.select is Select.best:
+            epoch = self.position.best_epoch
+            self.model.load_named_state(self._best_state or self._saved_best(epoch), above=self.task.freeze_depth)
+        logits = self._validate()
+        metrics = classification_metrics(logits, self._val_labels())
+        return Trained(self.position.history, epoch, metrics, logits)
+
+    def _saved_best(self, epoch: int) -> dict[str, Tensor]:
+        best = self.best.load(epoch)
+        if best is None:
+            raise RunError(f"{self.best.folder.location}: the weights of epoch {epoch} are gone; start a new run")
+        return best.tensors
 
     def _resume(self) -> None:
         """Starts from the checkpoint that rank 0 chooses: ranks that chose for themselves might not agree."""
@@ -108,27 +137,38 @@ class Training:
         checkpoint = newest if newest and newest.step == chosen else self.store.load(chosen)
         if checkpoint is None:
             raise RunError(f"{self.store.folder.location}: step {chosen} can't be read by rank {self.worker.rank}")
-        if checkpoint.meta["data"] != self._data_facts():
-            raise RunError(
-                f"{self.store.folder.location}: the data have changed since the checkpoint was made; start a new run"
-            )
-        self.position = unpack(checkpoint, self.model, self.optimizer)
+        for name, value in self._facts.items():
+            if checkpoint.meta.get("facts", {}).get(name) != value:
+                raise RunError(
+                    f"{self.store.folder.location}: the {name.replace('_', ' ')} have changed since the checkpoint was "
+                    "made; start a new run"
+                )
+        self.position = unpack(checkpoint, self.model, self.optimizer, freeze_depth=self.task.freeze_depth)
 
-    def _data_facts(self) -> dict[str, str | int]:
-        return {"fingerprint": self.task.data.fingerprint, "num_train": len(self.task.data.splits.train)}
+    @cached_property
+    def _facts(self) -> dict[str, str | int]:
+        """What a checkpoint leaves out and relies on, by the names that an error gives it."""
+        return {
+            "data": self.task.data.fingerprint,
+            "training_rows": len(self.task.data.splits.train),
+            "frozen_weights": hash_state(self.model.backbone.group_state(0, self.task.freeze_depth)),
+        }
 
     def time_step(self, phase: Phase) -> float:
         """Returns the seconds that a step of `phase` takes, after one to warm up. The model trains: give it a copy."""
         self.model.backbone.freeze(phase.freeze_depth)
         self.model.train()
-        part = Sharding(rank=0, world_size=1)
-        for batches in step_batches(self.config, self.task.data, self.task.class_weights, range(2), part):
+        for batches in self._step_batches(range(2), Sharding(rank=0, world_size=1)):
             began = time.perf_counter()
             self._backward(self.model, batches)
             self.optimizer.step()
         return time.perf_counter() - began
 
-    def _run_phase(self, phase: Phase) -> None:
+    def _step_batches(self, steps: range, part: Sharding) -> Iterator[StepBatches]:
+        task = self.task
+        return step_batches(self.config, task.data, task.inputs, task.class_weights, steps=steps, part=part)
+
+    def _run_phase(self, phase: Phase) -> Iterator[dict[str, float]]:
         self.model.backbone.freeze(phase.freeze_depth)
         # Wrapped anew in each phase, so that only what trains in it is reduced over the ranks.
         wrapped = self.worker.prepare_model(self.model)
@@ -136,18 +176,23 @@ class Training:
         part = Sharding(self.worker.rank, self.worker.world_size)
         self._looked_at = time.perf_counter()
         self.model.train()
-        for batches in prefetch(step_batches(self.config, self.task.data, self.task.class_weights, steps, part)):
+        for batches in prefetch(self._step_batches(steps, part)):
             self._run_step(wrapped, batches, phase)
+            if self.position.step % self.task.steps_per_epoch == 0:
+                yield self.position.history[-1]
+                self.model.train()
+                self._looked_at = time.perf_counter()
             if self._is_over():
                 break
 
     def _run_step(self, wrapped: nn.Module, batches: StepBatches, phase: Phase) -> None:
         factor = self._lr_factor(phase, batches.step)
         set_lr(self.optimizer, factor, head_multiplier=self._head_multiplier(phase))
-        # Dropout is a function of the step and not of what ran before it, so that resuming changes nothing.
-        torch.manual_seed(derive_seed(self.config.seed, "step", batches.step, self.worker.rank))
         try:
-            self._losses.append(self._backward(wrapped, batches))
+            # Dropout is a function of the step and not of what ran before it, so that resuming changes nothing.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.config.seed, "step", batches.step, self.worker.rank))
+                self._losses.append(self._backward(wrapped, batches))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"batch_size={self.config.batch_size}: {self.worker.device} has no room for a step; halve it and "
@@ -177,7 +222,8 @@ class Training:
         for index, batch in enumerate(batches.batches):
             is_last = index + 1 == len(batches.batches)
             with _without_reduction(wrapped, unless=is_last), self._autocast():
-                logits = wrapped(normalize(batch.images, self.task.preprocessing, self.worker.device))
+                values = self.task.inputs.prepared(batch.values, self.worker.device)
+                logits = wrapped(values, self.task.inputs.boundary)
                 loss = scale * F.cross_entropy(
                     logits.float(),
                     batch.labels.to(self.worker.device),
@@ -218,11 +264,7 @@ class Training:
         peak_lr = self.config.optimizer.lr
         for step, value in enumerate(values, start=first):
             if not math.isfinite(value):
-                lr = peak_lr * self._lr_factor(phase, step)
-                raise TrainingError(
-                    f"the loss is {value} at step {step + 1} (learning rate {lr:.3g}); start a new run with a lower "
-                    "optimizer.lr, clip_grad_norm=1 or precision=fp32"
-                )
+                raise not_finite(value, step=step, lr=peak_lr * self._lr_factor(phase, step))
         self.position = self.position._replace(loss_sum=self.position.loss_sum + sum(values))
         elapsed = time.perf_counter() - self._looked_at
         lr = peak_lr * self._lr_factor(phase, self.position.step - 1)
@@ -239,17 +281,26 @@ class Training:
             best_epoch=epoch if is_best else self.position.best_epoch,
             loss_sum=0.0,
         )
-        if is_best and self.config.select is Select.best and self.worker.rank == 0:
-            self.best.save(Checkpoint(epoch, self.model.named_state(), {}))
-        self._save()
+        if is_best and self.config.select is Select.best:
+            state = self.model.named_state(above=self.task.freeze_depth)
+            self._best_state = {name: tensor.detach().clone() for name, tensor in state.items()}
+        if self._is_save_due():
+            self._save()
         self._tell(loss=row["train_loss"], lr=None, images_per_s=None)
         self.worker.report(row)
-        self.model.train()
-        self._looked_at = time.perf_counter()
+
+    def _is_save_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self.config.checkpoint.min_interval_s
 
     def _save(self) -> None:
-        if self.worker.rank == 0:
-            self.store.save(pack(self.position, self.model, self.optimizer, data=self._data_facts()))
+        self._saved_at = time.monotonic()
+        if self.worker.rank != 0:
+            return
+        depth, best_epoch = self.task.freeze_depth, self.position.best_epoch
+        if self._best_state and best_epoch != self._saved_best_epoch:  # before the position that relies on it
+            self.best.save(Checkpoint(best_epoch, self._best_state, {}))
+            self._saved_best_epoch = best_epoch
+        self.store.save(pack(self.position, self.model, self.optimizer, freeze_depth=depth, facts=self._facts))
 
     def _average_buffers(self) -> None:
         """Makes the BatchNorm statistics of all ranks the same: each has seen its own part of the images."""
@@ -259,23 +310,16 @@ class Training:
         patience = self.config.early_stop
         return patience is not None and len(self.position.history) - self.position.best_epoch >= patience > 0
 
-    def _finish(self) -> Trained:
-        epoch = len(self.position.history)
-        if epoch and self.config.select is Select.best:
-            epoch = self.position.best_epoch
-            best = self.best.load(epoch)
-            if best is None:
-                raise RunError(f"{self.best.folder.location}: the weights of epoch {epoch} are gone; start a new run")
-            self.model.load_named_state(best.tensors)
-        logits = self._validate()
-        metrics = classification_metrics(logits, self._val_labels())
-        return Trained(self.position.history, epoch, metrics, logits)
-
     def _validate(self) -> Tensor:
         """Returns the logits of the whole validation part; each rank computes its share."""
         with self._autocast():
             return predict_logits(
-                self.model, self.task.data, self.task.data.splits.val, self.task.preprocessing, self.worker
+                self.model,
+                self.task.inputs,
+                self.task.data.splits.val,
+                self.worker,
+                image_size=self.task.preprocessing.image_size,
+                num_classes=len(self.task.data.class_names),
             )
 
     def _val_labels(self) -> Tensor:
@@ -296,6 +340,14 @@ class Training:
                 history=self.position.history,
             )
         )
+
+
+def not_finite(loss: float, *, step: int, lr: float) -> TrainingError:
+    """Returns the error of a loss that became NaN or infinite at `step`, counted from 0."""
+    return TrainingError(
+        f"the loss is {loss} at step {step + 1} (learning rate {lr:.3g}); start a new run with a lower optimizer.lr, "
+        "clip_grad_norm=1 or precision=fp32"
+    )
 
 
 def _without_reduction(wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:

@@ -1,0 +1,166 @@
+"""One pass of the data through the frozen groups leaves a tap at every boundary that is asked for."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from graftstack.backbones.weights import hash_state
+from graftstack.config.schema import Precision
+from graftstack.data.decode import DECODER_VERSION
+from graftstack.finetune.counting import counting_forwards
+from graftstack.finetune.inference import inference_batch_size
+from graftstack.finetune.inputs import Inputs, TapInputs, TapItems
+from graftstack.finetune.task import Task
+from graftstack.taps.key import CHUNK_ITEMS, TapKey, TapSpec
+from graftstack.taps.store import TapStore
+
+
+def tap_items(task: Task) -> TapItems:
+    """Returns which rows the taps of a task cover: all that train or validate, and the views of those that train."""
+    splits = task.data.splits
+    rows = np.union1d(splits.train, splits.val)
+    num_views = 0 if task.images.is_plain else task.config.augment_views or 0
+    return TapItems(rows, splits.train, num_views)
+
+
+def tap_spec(task: Task, boundary: int, *, dtype: str) -> TapSpec:
+    """Returns the name and size of a task's tap: all that its values depend on.
+
+    Args:
+        task: The data and the backbone, with its frozen groups as they are now.
+        boundary: How many layer groups the values go through, 1..num_groups.
+        dtype: Of the stored values: fp32, fp16 or bf16.
+    """
+    items, preprocessing = tap_items(task), task.preprocessing
+    augmentation = task.config.augment.value
+    views = f"{augmentation} x{items.num_views} seed {task.config.seed}" if items.num_views else "none"
+    key = TapKey(
+        backbone=task.config.backbone.name,
+        weights=hash_state(task.model.backbone.group_state(0, boundary)),
+        boundary=boundary,
+        preprocessing=f"{preprocessing} decoder {DECODER_VERSION} pillow {PIL.__version__}",
+        precision=task.config.precision.value,
+        data=task.data.fingerprint,
+        rows=_digest(items.rows, items.train if items.num_views else np.empty(0, np.int64)),
+        views=views,
+        dtype=dtype,
+    )
+    return TapSpec(key=key, num_items=len(items), shape=_shapes(task)[boundary])
+
+
+def open_tap(task: Task, store: TapStore, spec: TapSpec) -> TapInputs:
+    """Returns a stored tap as what a training is fed. Raises `TapMissingError` where it isn't whole."""
+    return TapInputs(store.open(spec), tap_items(task), spec.key.boundary)
+
+
+class PassResult(NamedTuple):
+    """What a pass did."""
+
+    num_forwards: int
+    """Images that went through the first layer group, counted there."""
+    seconds: float
+
+
+def make_shards(
+    task: Task,
+    store: TapStore,
+    specs: Sequence[TapSpec],
+    shards: Mapping[int, Sequence[int]],
+    *,
+    device: torch.device,
+    start: TapSpec | None = None,
+    on_shard: Callable[[int], None] = lambda _: None,
+) -> PassResult:
+    """Runs the images of some shards through the frozen groups and stores what comes out at each boundary.
+
+    Args:
+        task: The data and the backbone.
+        store: Where the taps lie.
+        specs: The taps of the task that are to be made.
+        shards: Shard -> positions in `specs` of the taps that lack it.
+        device: Where the backbone runs.
+        start: A whole tap that is shallower than all of `specs`, to begin with instead of the images.
+        on_shard: Called with the number of items after each shard.
+
+    Raises:
+        StorageFullError: the disk is full; the shards written before stay.
+    """
+    began = time.perf_counter()
+    source: Inputs = open_tap(task, store, start) if start else task.images
+    model = task.model.to(device)
+    model.backbone.freeze(model.backbone.num_groups)
+    with counting_forwards(model.backbone) as count:
+        for shard, lacking in shards.items():
+            wanted = [specs[position] for position in lacking]
+            items = np.asarray(wanted[0].items_of(shard))
+            outputs = _outputs(task, source, items, [spec.key.boundary for spec in wanted], device)
+            for spec, chunks in zip(wanted, outputs, strict=True):
+                store.write_shard(spec, shard, chunks)
+            on_shard(len(items))
+    return PassResult(count.num_images, time.perf_counter() - began)
+
+
+@torch.no_grad()
+def _outputs(
+    task: Task, source: Inputs, items: np.ndarray, boundaries: Sequence[int], device: torch.device
+) -> list[list[Tensor]]:
+    """Returns for each of the ascending `boundaries` the values of `items`, in chunks, on the CPU."""
+    backbone, layout = task.model.backbone, tap_items(task)
+    chunks: list[list[Tensor]] = [[] for _ in boundaries]
+    for begin in range(0, len(items), CHUNK_ITEMS):
+        pieces: list[list[Tensor]] = [[] for _ in boundaries]
+        for batch in _batches(items[begin : begin + CHUNK_ITEMS], inference_batch_size(task.preprocessing.image_size)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision is Precision.bf16):
+                values, reached = source.prepared(_stored(source, layout, batch), device), source.boundary
+                for position, boundary in enumerate(boundaries):
+                    values, reached = backbone.run_groups(values, reached, boundary), boundary
+                    pieces[position].append(values.cpu())
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            chunk.append(torch.cat(piece))
+    return chunks
+
+
+def _batches(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (items[begin : begin + size] for begin in range(0, len(items), size))
+
+
+def _stored(source: Inputs, layout: TapItems, items: np.ndarray) -> Tensor:
+    """Returns the values of some items of a tap, from whatever lies before it."""
+    if isinstance(source, TapInputs):
+        return source.tap.gather(items)
+    is_plain = items < len(layout.rows)
+    parts = [source.plain(layout.rows[items[is_plain]])] if is_plain.any() else []
+    views, positions = np.divmod(items[~is_plain] - len(layout.rows), max(1, len(layout.train)))
+    for view in np.unique(views):
+        rows = layout.train[positions[views == view]]
+        parts.append(source.training(rows, epoch=int(view)))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _shapes(task: Task) -> dict[int, tuple[int, ...]]:
+    """Returns the shape of one sample at each boundary."""
+    backbone, size = task.model.backbone, task.preprocessing.image_size
+    was_training, depth = backbone.training, backbone.freeze_depth
+    backbone.eval()
+    values = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    shapes: dict[int, tuple[int, ...]] = {}
+    for boundary in range(1, backbone.num_groups + 1):
+        values = backbone.run_groups(values, boundary - 1, boundary)
+        shapes[boundary] = tuple(values.shape[1:])
+    backbone.freeze(depth)
+    backbone.train(was_training)
+    return shapes
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{len(array)}:".encode() + np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()
