@@ -1,0 +1,81 @@
+"""The rows of the trials that are over, one small file each: what a sweep need not do again."""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import PurePosixPath
+from typing import Any, get_args
+
+from graftstack.storage import Folder
+from graftstack.sweep.trials import Status, TrialResult
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".json"
+
+# An object store answers after a while, but answers many at once.
+_NUM_READERS = 16
+
+# What a row that was read must hold; damage that is still JSON is damage too.
+_TYPES: dict[str, Any] = {
+    "index": int,
+    "params": dict,
+    "status": str,
+    "metrics": dict,
+    "history": list,
+    "epochs": int,
+    "seconds": int | float,
+    "backbone_forwards": int,
+    "details": dict,
+    "error": str | None,
+}
+
+
+class Ledger:
+    """The folder `trials` of a run; ``00003.json`` is the row of trial 3."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def write(self, result: TrialResult) -> None:
+        """Puts the row of a trial on disk, whole or not at all. Raises `StorageFullError`, `RunError`."""
+        self.folder.write(_file_name(result.index), json.dumps(asdict(result)).encode())
+
+    def find(self, index: int) -> TrialResult | None:
+        """Returns the row of trial `index`; None if there is none, or none that can be read: then it runs again."""
+        name = _file_name(index)
+        try:
+            return _parsed(self.folder.read(name), index)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s: no readable row (%s); the trial runs again", self.folder.path(name), error)
+            return None
+
+    def read(self) -> dict[int, TrialResult]:
+        """Returns all rows that can be read, by the index of their trial, in its order."""
+        stems = [PurePosixPath(name).stem for name in self.folder.names() if name.endswith(_SUFFIX)]
+        indices = sorted(int(stem) for stem in stems if stem.isdecimal())
+        with ThreadPoolExecutor(1 if self.folder.is_local else _NUM_READERS) as readers:
+            found = readers.map(self.find, indices)
+            return {result.index: result for result in found if result is not None}
+
+
+def _file_name(index: int) -> str:
+    return f"{index:05d}{_SUFFIX}"
+
+
+def _parsed(data: bytes, index: int) -> TrialResult:
+    """Returns the row that `data` holds. Raises `ValueError`, `TypeError` or `KeyError` if it isn't that of `index`."""
+    row = json.loads(data)
+    for key, kind in _TYPES.items():
+        if not isinstance(row[key], kind):
+            raise TypeError(f"{key}: {row[key]!r}")
+    if row["status"] not in get_args(Status):
+        raise ValueError(f"status: {row['status']!r}")
+    if row["index"] != index:
+        raise ValueError(f"the row of trial {row['index']}")
+    if not all(isinstance(epoch, dict) for epoch in row["history"]):
+        raise TypeError("history: not rows")
+    return TrialResult(**{**row, "history": tuple(row["history"])})

@@ -1,0 +1,207 @@
+"""Trains units of trials in one process, one after another; data, backbone and taps stay warm between them."""
+
+import json
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
+from safetensors.torch import load, save
+
+from graftstack.config.sweep import TapsConfig
+from graftstack.errors import GraftstackError, OutOfMemoryError, StorageFullError
+from graftstack.finetune.counting import ForwardCount, counting_forwards
+from graftstack.finetune.model import GraftedModel
+from graftstack.finetune.tapping import PassResult, make_shards, open_tap
+from graftstack.finetune.task import Task, Workbench
+from graftstack.finetune.training import Trained, Training
+from graftstack.reason import reason
+from graftstack.runtime import LocalWorker
+from graftstack.storage import Folder
+from graftstack.sweep.fused import FusedTraining
+from graftstack.sweep.ledger import Ledger
+from graftstack.sweep.trials import EpochEnd, Row, Status, Trial, TrialResult, Unit, UnitEnd
+from graftstack.taps.key import TapSpec
+from graftstack.taps.store import TapStore
+
+WEIGHTS = "trained.safetensors"
+
+_Answers = Generator[dict[int, dict[str, float]], Sequence[int], None]
+"""Yields the rows of an epoch, is sent the trials that go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerSettings:
+    """What a process needs to know to train trials; pickles small."""
+
+    trials_folder: str
+    """Where rows and weights go."""
+    taps: TapsConfig
+    cache_dir: str | None
+    is_on_gpu: bool
+
+    @property
+    def device_here(self) -> torch.device:
+        """Where this process measures: a GPU if trials run on one and it has one too."""
+        return torch.device("cuda" if self.is_on_gpu and torch.cuda.is_available() else "cpu")
+
+    @property
+    def store(self) -> TapStore:
+        """The taps."""
+        return TapStore(self.taps.location, budget_bytes=self.taps.budget_bytes, cache_dir=self.cache_dir)
+
+
+class TrialRunner:
+    """The `Runner` of this package: a single trial trains as any fine-tuning, several as fused heads."""
+
+    def __init__(self, settings: RunnerSettings, *, workbench: Workbench | None = None) -> None:
+        self._folder = Folder(settings.trials_folder)
+        self._ledger = Ledger(self._folder)
+        self._store = settings.store
+        self._device = torch.device("cuda" if settings.is_on_gpu else "cpu")
+        self._workbench = workbench or Workbench()
+        self._unit: Unit | None = None
+        self._answers: _Answers | None = None
+        self._results: dict[int, TrialResult] = {}
+
+    def start(self, unit: Unit) -> EpochEnd | UnitEnd:
+        """Begins a unit, or continues it from its checkpoint, up to the end of an epoch."""
+        self._unit, self._results = unit, {}
+        train = self._train_one if len(unit.trials) == 1 else self._train_fused
+        self._answers = train(unit)
+        return self._advance(None)
+
+    def go_on(self, keep: Sequence[int]) -> EpochEnd | UnitEnd:
+        """Trains another epoch of the trials whose index is in `keep`; the others are over, with what they have."""
+        return self._advance(keep)
+
+    def make_taps(
+        self, trial: Trial, specs: Sequence[TapSpec], shards: Mapping[int, Sequence[int]], start: TapSpec | None
+    ) -> PassResult:
+        """Makes some shards of the taps that `trial` and its like read; the arguments are those of `make_shards`."""
+        task = self._workbench.task(trial.config)
+        return make_shards(task, self._store, specs, shards, device=self._device, start=start)
+
+    def _advance(self, keep: Sequence[int] | None) -> EpochEnd | UnitEnd:
+        assert self._unit is not None
+        assert self._answers is not None
+        try:
+            rows = next(self._answers) if keep is None else self._answers.send(keep)
+        except StopIteration:
+            return UnitEnd(self._unit, tuple(self._results.values()))
+        except StorageFullError:
+            raise
+        except (GraftstackError, RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError | OutOfMemoryError) and len(self._unit.trials) > 1:
+                raise  # each half of them may have room: who drives decides
+            for trial in self._unit.trials:
+                if trial.index not in self._results:
+                    self._record(trial, _failed(trial, error))
+            return UnitEnd(self._unit, tuple(self._results.values()))
+        return EpochEnd(self._unit, rows)
+
+    def _train_one(self, unit: Unit) -> _Answers:
+        (trial,) = unit.trials
+        began = time.perf_counter()
+        # After an interrupt, a search that learns may give the same number to another trial.
+        checkpoints = self._folder / trial.name / f"checkpoints-{_digest(trial.params)}"
+        with ExitStack() as stack:
+            task = self._task(trial, unit.tap, stack)
+            count = stack.enter_context(counting_forwards(task.model.backbone))
+            training = Training(task, LocalWorker(self._device), checkpoints)
+            status: Status = "done"
+            for row in training.epochs():
+                if trial.index not in (yield {trial.index: row}):
+                    status = _status(len(training.position.history), task)
+                    break
+            trained = training.finish()
+            self._save_weights(trial, task.model, above=task.freeze_depth)
+            self._record(trial, _result(trial, status, trained, time.perf_counter() - began, count))
+        checkpoints.remove_all()
+
+    def _train_fused(self, unit: Unit) -> _Answers:
+        began = time.perf_counter()
+        by_index = {trial.index: trial for trial in unit.trials}
+        assert unit.tap is not None, "only what reads one tap is fused"
+        checkpoints = self._folder / f"fused-{unit.tap.key.digest}"
+        with ExitStack() as stack:
+            tasks = {index: self._task(trial, unit.tap, stack) for index, trial in by_index.items()}
+            names = {trial.index: _digest(trial.params) for trial in unit.trials}
+            fused = FusedTraining(tasks, self._device, checkpoints, names=names)
+
+            def end(indices: Sequence[int], status: Status) -> None:
+                share_s = (time.perf_counter() - began) / len(by_index)
+                for index, trained in fused.finish(indices).items():
+                    self._save_weights(by_index[index], tasks[index].model, above=tasks[index].freeze_depth)
+                    self._record(by_index[index], _result(by_index[index], status, trained, share_s, ForwardCount()))
+
+            for rows in fused.epochs():
+                keep = yield rows
+                for index, error in fused.failures.items():
+                    if index not in self._results:
+                        self._record(by_index[index], _failed(by_index[index], error))
+                is_last = next(iter(rows.values()))["epoch"] >= unit.trials[0].config.epochs
+                end([index for index in fused.over if index in keep], "done")
+                if not is_last:
+                    end([index for index in fused.indices if index not in keep], "stopped")
+            for index, error in fused.failures.items():
+                if index not in self._results:
+                    self._record(by_index[index], _failed(by_index[index], error))
+            end(fused.indices, "done")
+        checkpoints.remove_all()
+
+    def _task(self, trial: Trial, spec: TapSpec | None, stack: ExitStack) -> Task:
+        task = self._workbench.task(trial.config)
+        if spec is None:
+            return task
+        inputs = open_tap(task, self._store, spec)
+        stack.callback(inputs.tap.close)
+        return replace(task, tap=inputs)
+
+    def _save_weights(self, trial: Trial, model: GraftedModel, *, above: int) -> None:
+        """Keeps what training changed; the frozen groups are the backbone's own."""
+        state = model.named_state(above=above)
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        (self._folder / trial.name).write(WEIGHTS, content)
+
+    def _record(self, trial: Trial, result: TrialResult) -> None:
+        self._ledger.write(result)
+        self._results[trial.index] = result
+
+
+def trained_model(task: Task, trials_folder: Folder, trial: Trial) -> GraftedModel:
+    """Puts the weights that a finished trial left into the model of its task, and returns it."""
+    state = load((trials_folder / trial.name).read(WEIGHTS))
+    task.model.load_named_state(state, above=task.freeze_depth)
+    return task.model
+
+
+def _digest(params: Mapping[str, object]) -> str:
+    return blake2b(json.dumps(params).encode(), digest_size=4).hexdigest()
+
+
+def _status(num_epochs: int, task: Task) -> Status:
+    """A trial that is told to stop after its last epoch is done all the same."""
+    return "done" if num_epochs >= task.config.epochs else "stopped"
+
+
+def _result(trial: Trial, status: Status, trained: Trained, seconds: float, count: ForwardCount) -> TrialResult:
+    history: tuple[Row, ...] = trained.history
+    return TrialResult(
+        index=trial.index,
+        params=trial.params,
+        status=status,
+        metrics=trained.metrics,
+        history=tuple(dict(row) for row in history),
+        epochs=len(history),
+        seconds=round(seconds, 4),
+        backbone_forwards=count.num_images,
+        details={"best_epoch": trained.epoch},
+    )
+
+
+def _failed(trial: Trial, error: BaseException) -> TrialResult:
+    message = reason(error) if isinstance(error, GraftstackError) else f"{type(error).__name__}: {reason(error)}"
+    return TrialResult(index=trial.index, params=trial.params, status="failed", error=message)
