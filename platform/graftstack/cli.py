@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ graftstack grafts a new head onto a pretrained backbone, on this machine or on a
 jobs (each explains its keys with --help):
   finetune [key=value ...]   fine-tune a pretrained backbone
   pretrain [key=value ...]   train a backbone from its initial weights
+  sweep [key=value ...]      fine-tune over freeze depth, learning rate or any key; what is frozen runs once
 
 around them:
   plan JOB [key=value ...]   check everything and print what would run
@@ -116,7 +117,7 @@ def _runs(options: argparse.Namespace) -> int:
     if options.action == "list":
         manifests = [run.manifest for run in list_runs(options.runs_dir)]
     else:
-        manifests = [find_run(name, options.runs_dir).manifest for name in options.names]
+        manifests = [_with_trials(find_run(name, options.runs_dir)) for name in options.names]
     if options.json:
         shown = [_shown(manifest) for manifest in manifests]
         print(json.dumps(shown[0] if options.action == "show" else shown, indent=2))
@@ -132,6 +133,10 @@ def _runs(options: argparse.Namespace) -> int:
             console.print(tables.runs_table(manifests))
         case "show":
             console.print(tables.run_table(manifests[0]))
+            if trials := manifests[0].results.get("trials"):
+                from graftstack.report.sweep_tables import trials_table
+
+                console.print("", trials_table(trials))
         case _:
             console.print(tables.comparison_table(manifests))
     return EXIT_DONE
@@ -144,8 +149,22 @@ def _check_num_names(action: str, names: Sequence[str]) -> None:
         raise BadInputError(f"{' '.join(('runs', action, *names))}: takes {wanted}; see graftstack runs --help")
 
 
+def _with_trials(run: Any) -> Any:
+    """Returns the manifest of a run; that of a sweep which isn't done gets the trials that are over."""
+    if run.manifest.job != "sweep" or run.manifest.results:
+        return run.manifest
+    from graftstack.sweep.ledger import Ledger
+
+    rows = Ledger(run.folder / "trials").read().values()
+    common = ("status", "metrics", "seconds", "epochs", "error")
+    trials = [{"trial": row.index, **row.params, **{key: getattr(row, key) for key in common}} for row in rows]
+    return replace(run.manifest, results={"trials": trials})
+
+
 def _shown(manifest: Any) -> dict[str, Any]:
-    return {key: value for key, value in asdict(manifest).items() if key not in ("overrides", "process")}
+    """Returns what ``--json`` prints of a run: the results of its job stand beside what all jobs have."""
+    shown = {key: value for key, value in asdict(manifest).items() if key not in ("overrides", "process", "results")}
+    return {**shown, **manifest.results}
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -31,7 +31,10 @@ PROGRESS = "progress.json"
 _SILENCE_S = 60.0
 
 # Keys that say where and how often to run, not what to compute: they may differ between a run and its resumption.
-_FREE_KEYS = ("resume", "runs_dir", "cluster.", "checkpoint.", "name", "data.cache_dir", "data.cache_bytes")
+_FREE_KEYS = (
+    *("resume", "runs_dir", "cluster.", "checkpoint.", "name", "data.cache_dir", "data.cache_bytes"),
+    *("reuse", "taps.location", "taps.budget_bytes", "max_concurrent_trials", "time_limit_s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Manifest:
     """The configuration as the user wrote it; a resumption starts from it."""
     details: dict[str, Any] = field(default_factory=dict)
     """What else is worth knowing of this job, e.g. skipped images."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What a finished job found, by the names that its kind of job gives it, e.g. the trials of a sweep."""
     error: str | None = None
     process: dict[str, Any] = field(default_factory=dict)
     """Host and process that work on the run."""
@@ -61,7 +66,7 @@ class Manifest:
 # What a manifest that was read must hold; damage that is still JSON is damage too.
 _TYPES = {
     **dict.fromkeys(("job", "name", "status", "started"), str),
-    **dict.fromkeys(("config", "metrics", "artifacts", "details", "process"), dict),
+    **dict.fromkeys(("config", "metrics", "artifacts", "details", "results", "process"), dict),
     "seconds": int | float,
     "overrides": list,
     "error": str | None,

@@ -33,19 +33,25 @@ def cluster_resources() -> Resources:
 
 def check_nodes(cluster: ClusterConfig, num_cpus: int) -> None:
     """Raises `ConfigError` if the workers, of `num_cpus` each, don't fit on the nodes there are: none is cut in two."""
+    slots = node_slots(num_cpus, cluster.gpus_per_worker)
+    if slots < cluster.min_workers:
+        raise ConfigError(
+            f"cluster.num_workers={cluster.min_workers}: the nodes there are hold {slots} workers of {num_cpus} "
+            f"CPUs and {cluster.gpus_per_worker:g} GPUs; use fewer, or a smaller cluster.cpus_per_worker"
+        )
+
+
+def node_slots(num_cpus: int, num_gpus: float) -> int:
+    """Returns how many processes of so many CPUs and GPUs the connected cluster holds: no node is cut in two."""
     import ray
 
     slots = 0
     for node in ray.nodes():
         if node["Alive"]:
             has = node["Resources"]
-            per_gpu = has.get("GPU", 0) // cluster.gpus_per_worker if cluster.gpus_per_worker else float("inf")
+            per_gpu = has.get("GPU", 0) // num_gpus if num_gpus else float("inf")
             slots += int(min(has.get("CPU", 0) // num_cpus, per_gpu))
-    if slots < cluster.min_workers:
-        raise ConfigError(
-            f"cluster.num_workers={cluster.min_workers}: the nodes there are hold {slots} workers of {num_cpus} "
-            f"CPUs and {cluster.gpus_per_worker:g} GPUs; use fewer, or a smaller cluster.cpus_per_worker"
-        )
+    return slots
 
 
 def cpus_per_worker(cluster: ClusterConfig, resources: Resources) -> int:

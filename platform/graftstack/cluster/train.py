@@ -4,7 +4,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from graftstack.cluster.worker import RayWorker
 from graftstack.config.schema import FinetuneConfig
 from graftstack.errors import GraftstackError, TrainingError
 from graftstack.finetune.job import Outcome, train_rank
+from graftstack.finetune.tapping import open_tap
 from graftstack.finetune.task import Task, prepare
 from graftstack.finetune.training import Progress
 from graftstack.machine import usable_cpus
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
+from graftstack.taps.key import TapSpec
+from graftstack.taps.store import TapStore
 
 # How often the driver looks at what the workers wrote of their progress.
 _POLL_S = 0.5
@@ -33,6 +36,17 @@ class _Share:
     location: str
     num_threads: int
     verbose: bool
+    tap: tuple[TapStore, TapSpec] | None = None
+    """What the frozen groups make of the images, where that is stored."""
+
+
+class GroupStop(threading.Event):
+    """Ends a group from another thread."""
+
+    def check(self) -> None:
+        """Raises `KeyboardInterrupt` once the group is to end."""
+        if self.is_set():
+            raise KeyboardInterrupt
 
 
 def device_of(config: FinetuneConfig) -> torch.device:
@@ -78,7 +92,14 @@ def check_cluster(config: FinetuneConfig) -> int:
     return num_cpus
 
 
-def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[], None], verbose: bool) -> Outcome:
+def train_in_group(
+    config: FinetuneConfig,
+    folder: Folder,
+    *,
+    poll: Callable[[], None],
+    verbose: bool,
+    tap: tuple[TapStore, TapSpec] | None = None,
+) -> Outcome:
     """Trains with several workers, each a process of the connected cluster, and calls `poll` while they work.
 
     A worker that is lost is replaced and the group continues from its last checkpoint, `cluster.max_failures` times.
@@ -96,7 +117,7 @@ def train_in_group(config: FinetuneConfig, folder: Folder, *, poll: Callable[[],
     is_fixed = cluster.min_workers == cluster.max_workers
     trainer = TorchTrainer(
         _train_share,
-        train_loop_config={"share": _Share(config, folder.location, cpus, verbose)},
+        train_loop_config={"share": _Share(config, folder.location, cpus, verbose, tap)},
         scaling_config=ScalingConfig(
             num_workers=cluster.max_workers if is_fixed else (cluster.min_workers, cluster.max_workers),
             use_gpu=cluster.gpus_per_worker > 0,
@@ -130,8 +151,11 @@ def _train_share(settings: dict[str, Any]) -> Outcome | GraftstackError:
     torch.set_num_threads(share.num_threads)
     if not share.verbose:
         quiet_ray()
+    task = prepare(share.config)
+    if share.tap is not None:
+        task = replace(task, tap=open_tap(task, *share.tap))
     try:
-        return train_rank(prepare(share.config), RayWorker(), Folder(share.location))
+        return train_rank(task, RayWorker(), Folder(share.location))
     except TrainingError as error:
         return error
 

@@ -3,12 +3,20 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
-from graftstack.cluster.finetune import check, launch, saved_overrides
+from rich.table import Table
+
+from graftstack.cluster.finetune import launch
+from graftstack.cluster.launching import check, saved_overrides
+from graftstack.cluster.sweep import launch_sweep, plan_sweep
 from graftstack.config.compose import compose_job
-from graftstack.report import tables
+from graftstack.config.schema import FinetuneConfig
+from graftstack.config.sweep import SweepConfig
+from graftstack.report import sweep_tables, tables
 from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
+from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run, find_run
 
 
@@ -17,8 +25,14 @@ def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run
     console = plain_console(stderr=True)
     overrides = [*saved_overrides(overrides), *overrides]
     config = compose_job(job, overrides)
-    with job_display(console) as display:
-        run = launch(job, config, overrides=overrides, display=display, verbose=verbose)
+    if isinstance(config, SweepConfig):
+        with sweep_display(console) as display:
+            run = launch_sweep(config, overrides=overrides, display=display, verbose=verbose)
+        console.print(sweep_tables.trials_table(run.manifest.results["trials"]))
+        console.print(sweep_tables.reuse_line(run.manifest.results["reuse"]), highlight=False, soft_wrap=True)
+    else:
+        with job_display(console) as display:
+            run = launch(job, config, overrides=overrides, display=display, verbose=verbose)
     accuracy = tables.number(run.manifest.metrics.get("accuracy"))
     console.print(f"{run.manifest.name}: {run.manifest.status}, accuracy {accuracy}", highlight=False, soft_wrap=True)
     plain_console().print(run.folder.location, highlight=False, soft_wrap=True)
@@ -27,18 +41,33 @@ def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run
 
 def plan_job(job: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Checks a job and prints what it would do."""
-    config = check(job, compose_job(job, overrides), overrides).config
+    config = compose_job(job, overrides)
+    shown, found = (
+        _plan_of_sweep(config, overrides) if isinstance(config, SweepConfig) else _plan(job, config, overrides)
+    )
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for table in shown:
+        plain_console().print(table, "")
+
+
+def _plan(job: str, config: FinetuneConfig, overrides: Sequence[str]) -> tuple[list[Table], dict[str, Any]]:
+    config = check(job, config, overrides).config
 
     from graftstack.finetune.plan import make_plan
     from graftstack.finetune.task import prepare
 
     with job_display(plain_console(stderr=True)) as display:
         plan = make_plan(prepare(config, progress=display.reading))
-    if as_json:
-        print(json.dumps(asdict(plan), indent=2))
-        return
-    for table in tables.plan_tables(plan):
-        plain_console().print(table, "")
+    return tables.plan_tables(plan), asdict(plan)
+
+
+def _plan_of_sweep(config: SweepConfig, overrides: Sequence[str]) -> tuple[list[Table], dict[str, Any]]:
+    with sweep_display(plain_console(stderr=True), shows_plan=False) as display:
+        plan, probes = plan_sweep(config, overrides=overrides, display=display)
+    found = {**asdict(plan), "predicted_s": plan.predicted_s, "probes": [score._asdict() for score in probes]}
+    return sweep_tables.plan_tables(plan, probes), found
 
 
 def predict_run(reference: str, location: str, out: str, *, runs_dir: str) -> None:

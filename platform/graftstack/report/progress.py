@@ -19,9 +19,16 @@ def job_display(console: Console) -> Iterator[Display]:
     if not console.is_terminal:
         yield PlainDisplay(console)
         return
+    with live_bars(console) as bars:
+        yield LiveDisplay(bars)
+
+
+@contextmanager
+def live_bars(console: Console) -> Iterator[Progress]:
+    """Shows bars below the lines that are printed meanwhile; each task has a `note`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
-        yield LiveDisplay(bars)
+        yield bars
 
 
 class PlainDisplay:

@@ -16,7 +16,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def runs_table(manifests: Iterable[Manifest]) -> Table:
     """One row for each run, oldest first."""
-    table = _table("name", "job", "status", "accuracy", "seconds", "started (UTC)")
+    table = empty_table("name", "job", "status", "accuracy", "seconds", "started (UTC)")
     for run in manifests:
         accuracy = run.metrics.get("accuracy")
         table.add_row(run.name, run.job, run.status, number(accuracy), f"{run.seconds:.1f}", run.started[:19])
@@ -25,7 +25,7 @@ def runs_table(manifests: Iterable[Manifest]) -> Table:
 
 def run_table(run: Manifest) -> Table:
     """One run: what it is, its metrics and what it left."""
-    table = _table(run.name, f"{run.job}, {run.status}")
+    table = empty_table(run.name, f"{run.job}, {run.status}")
     table.add_row("started (UTC)", run.started[:19])
     table.add_row("seconds", f"{run.seconds:.1f}")
     for group in (run.metrics, run.details, run.artifacts):
@@ -38,7 +38,7 @@ def run_table(run: Manifest) -> Table:
 
 def comparison_table(runs: Sequence[Manifest]) -> Table:
     """Metrics side by side, and the configuration keys in which the runs differ."""
-    table = _table("", *(run.name for run in runs))
+    table = empty_table("", *(run.name for run in runs))
     for metric in _union(run.metrics for run in runs):
         table.add_row(metric, *(number(run.metrics.get(metric)) for run in runs))
     table.add_row("seconds", *(f"{run.seconds:.1f}" for run in runs), end_section=True)
@@ -52,7 +52,7 @@ def comparison_table(runs: Sequence[Manifest]) -> Table:
 
 def plan_tables(plan: "Plan") -> list[Table]:
     """The data, the layer groups and the phases of a plan."""
-    data = _table("plan", "")
+    data = empty_table("plan", "")
     data.add_row("backbone", f"{plan.backbone}, weights: {plan.weights}")
     data.add_row("images", f"{plan.num_train} train, {plan.num_val} validation, {plan.num_test} test")
     data.add_row("classes", str(plan.num_classes))
@@ -63,12 +63,12 @@ def plan_tables(plan: "Plan") -> list[Table]:
     data.add_row("validation", f"{plan.validation_s:.2f} s")
     data.add_row("predicted, one worker here", f"{plan.predicted_s:.1f} s")
 
-    groups = _table("group", "layers", "parameters", "")
+    groups = empty_table("group", "layers", "parameters", "")
     for index, group in enumerate(plan.groups):
         groups.add_row(str(index), group.name, f"{group.num_parameters:,}", "frozen" if group.is_frozen else "trains")
     groups.add_row("", "head", "", "trains")
 
-    phases = _table("steps", "freeze depth", "seconds a step")
+    phases = empty_table("steps", "freeze depth", "seconds a step")
     for phase in plan.phases:
         phases.add_row(f"{phase.first_step}-{phase.last_step}", str(phase.freeze_depth), f"{phase.step_s:.3f}")
     return [data, groups, phases]
@@ -76,7 +76,7 @@ def plan_tables(plan: "Plan") -> list[Table]:
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:
     """One row for each metric."""
-    table = _table("metric", "value")
+    table = empty_table("metric", "value")
     for name, value in metrics.items():
         table.add_row(name, number(value))
     return table
@@ -101,7 +101,8 @@ def _union(groups: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for name in group))
 
 
-def _table(*columns: str) -> Table:
+def empty_table(*columns: str) -> Table:
+    """Returns a table without rows, in the style of all."""
     table = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")

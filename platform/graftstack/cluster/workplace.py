@@ -1,0 +1,155 @@
+"""Where the trials of a sweep run: in this process, in processes of a cluster, or each in a group of workers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from graftstack.cluster.resources import cluster_resources, node_slots
+from graftstack.config.schema import ClusterKind
+from graftstack.config.sweep import SweepConfig
+from graftstack.machine import usable_cpus
+from graftstack.sweep.trials import Pool
+
+if TYPE_CHECKING:
+    from graftstack.finetune.tapping import PassResult
+    from graftstack.finetune.task import Workbench
+    from graftstack.sweep.passes import ShardCall
+    from graftstack.sweep.plan import SweepPlan
+    from graftstack.sweep.runner import RunnerSettings
+
+# What Ray and processes of their own cost before they are of use: shorter sweeps run in this one.
+_PROCESSES_START_S = 15.0
+# What several processes of few threads do more than one of many threads, at least.
+_PROCESSES_GAIN = 0.15
+
+OnShard = Callable[[int, int], None]
+
+
+class Workplace(NamedTuple):
+    """A pool for the trials, and what makes shards of taps before they begin."""
+
+    pool: Pool
+    num_slots: int
+    make: Callable[["Sequence[ShardCall]", OnShard], "list[PassResult]"]
+    """Makes shards, and tells how many of all are made."""
+
+
+class Slots(NamedTuple):
+    """Processes for trials."""
+
+    num: int
+    num_cpus: int
+    """Of each, and so its threads."""
+
+
+@contextmanager
+def workplace(
+    config: SweepConfig, plan: "SweepPlan", settings: "RunnerSettings", *, workbench: "Workbench", verbose: bool
+) -> Iterator[Workplace]:
+    """Opens the place where a planned sweep runs; nothing of it is left behind."""
+    with ExitStack() as stack:
+        if config.cluster.max_workers > 1:
+            yield _groups(config, settings, workbench, stack, verbose=verbose)
+        elif config.cluster.kind is ClusterKind.ray or _is_worth_processes(config, plan):
+            yield _processes(config, plan, settings, stack, verbose=verbose)
+        else:
+            yield _here(settings, workbench)
+
+
+def _is_worth_processes(config: SweepConfig, plan: "SweepPlan") -> bool:
+    if config.cluster.kind is ClusterKind.inline:
+        return False
+    slots = _local_slots(config, plan)
+    if slots.num < 2:
+        return False
+    # Who says how many is not to be second-guessed by an estimate.
+    if config.cluster.gpus_per_worker or config.max_concurrent_trials is not None:
+        return True
+    alone_s = sum(depth.seconds for depth in plan.depths if depth.num_units == depth.num_trials)
+    return alone_s * _PROCESSES_GAIN > _PROCESSES_START_S
+
+
+def _here(settings: "RunnerSettings", workbench: "Workbench") -> Workplace:
+    from graftstack.sweep.inline_pool import InlinePool
+    from graftstack.sweep.runner import TrialRunner
+
+    runner = TrialRunner(settings, workbench=workbench)
+
+    def make(calls: "Sequence[ShardCall]", on_shard: OnShard) -> "list[PassResult]":
+        results = []
+        for number, call in enumerate(calls, start=1):
+            results.append(runner.make_taps(*call))
+            on_shard(number, len(calls))
+        return results
+
+    return Workplace(InlinePool(runner), 1, make)
+
+
+def _processes(
+    config: SweepConfig, plan: "SweepPlan", settings: "RunnerSettings", stack: ExitStack, *, verbose: bool
+) -> Workplace:
+    from graftstack.cluster.pool import RayPool
+    from graftstack.cluster.session import ray_session
+    from graftstack.sweep.runner import TrialRunner
+
+    stack.enter_context(ray_session(config.cluster, verbose=verbose))
+    slots = _cluster_slots(config, plan)
+    pool = RayPool(
+        partial(TrialRunner, settings),
+        num_slots=slots.num,
+        num_cpus=slots.num_cpus,
+        num_gpus=config.cluster.gpus_per_worker,
+        num_threads=slots.num_cpus,
+        verbose=verbose,
+    )
+    stack.callback(pool.close)
+
+    def make(calls: "Sequence[ShardCall]", on_shard: OnShard) -> "list[PassResult]":
+        return pool.call("make_taps", calls, poll=lambda done: on_shard(done, len(calls)))
+
+    return Workplace(pool, slots.num, make)
+
+
+def _groups(
+    config: SweepConfig, settings: "RunnerSettings", workbench: "Workbench", stack: ExitStack, *, verbose: bool
+) -> Workplace:
+    from graftstack.cluster.group_pool import GroupPool
+    from graftstack.cluster.session import ray_session
+    from graftstack.cluster.train import check_cluster
+
+    stack.enter_context(ray_session(config.cluster, verbose=verbose))
+    num_cpus = check_cluster(config)
+    fitting = node_slots(num_cpus, config.cluster.gpus_per_worker) // config.cluster.max_workers
+    num = max(1, min(fitting, config.max_concurrent_trials or fitting))
+    pool = GroupPool(settings, num_slots=num, verbose=verbose)
+    stack.callback(pool.close)
+    return Workplace(pool, num, _here(settings, workbench).make)
+
+
+def _local_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
+    from torch.cuda import device_count
+
+    cluster = config.cluster
+    num = usable_cpus() // (cluster.cpus_per_worker or 1)
+    if cluster.gpus_per_worker:
+        num = min(num, int(device_count() // cluster.gpus_per_worker))
+    num = _limited(num, config, plan)
+    return Slots(num, cluster.cpus_per_worker or max(1, usable_cpus() // num))
+
+
+def _cluster_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
+    """As many as fit; none waits for another's resources."""
+    cluster = config.cluster
+    if cluster.kind is ClusterKind.local:
+        return _local_slots(config, plan)
+    num = _limited(node_slots(cluster.cpus_per_worker or 1, cluster.gpus_per_worker), config, plan)
+    cpus = cluster.cpus_per_worker or max(1, cluster_resources().num_cpus // max(1, num))
+    while cpus > 1 and node_slots(cpus, cluster.gpus_per_worker) < num:  # nodes differ in size
+        cpus -= 1
+    return Slots(num, cpus)
+
+
+def _limited(num: int, config: SweepConfig, plan: "SweepPlan") -> int:
+    num_units = sum(depth.num_units for depth in plan.depths)
+    return max(1, min(num, num_units, config.max_concurrent_trials or num))
