@@ -10,7 +10,7 @@ help:
 	@echo "make demo    the whole story, offline, in about a minute"
 	@echo "make test    all tests but the slow tier"
 	@echo "make check   format, lint, types, import layers"
-	@echo "make bench   side by side with plain PyTorch; needs a quiet machine"
+	@echo "make bench   side by side with plain PyTorch and Ray Tune; half an hour, on a quiet machine"
 	@echo "make fmt     format the code and mend what a tool can mend"
 	@echo "make setup   only create $(VENV)"
 
@@ -28,6 +28,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.training_speed
+	$(BIN)/python -m tests.bench.sweep_speed
 
 fmt: $(READY)
 	$(BIN)/ruff format .

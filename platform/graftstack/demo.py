@@ -1,4 +1,4 @@
-"""The whole story on one page, offline: pretrain on some digits, graft onto others, compare with starting afresh."""
+"""The whole story on one page, offline: pretrain on some digits, graft onto others in several ways, and sweep."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,10 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
+from graftstack.cluster.sweep import launch_sweep
 from graftstack.config.compose import compose_job
+from graftstack.config.sweep import SweepConfig
 from graftstack.errors import RunError
 from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
+from graftstack.report.sweep_progress import sweep_display
+from graftstack.report.sweep_tables import reuse_line, trials_table
 from graftstack.report.tables import number
 from graftstack.runs import Run, list_runs
 
@@ -33,6 +37,8 @@ class _Contender(NamedTuple):
     title: str
     overrides: tuple[str, ...]
 
+
+_SWEEP = ("space.freeze_depth=[0,2,3,all]", "space.lr=[3e-4,1e-3,3e-3,1e-2]")
 
 _PRETRAINED = "backbone.weights=run:digits-0-4"
 _CONTENDERS = (
@@ -64,6 +70,10 @@ def run_demo(runs_dir: str) -> None:
             f"   {contender.title}: accuracy {number(runs[-1].manifest.metrics['accuracy'])}", highlight=False
         )
     plain_console().print(_table(runs))
+    console.print("3. sweeping over freeze depth and learning rate, the frozen part computed once", highlight=False)
+    sweep = _run("sweep", runs_dir, ("name=sweep", *_FEW, _PRETRAINED, *_SWEEP), console)
+    plain_console().print(trials_table(sweep.manifest.results["trials"]))
+    plain_console().print(reuse_line(sweep.manifest.results["reuse"]), highlight=False, soft_wrap=True)
     plain_console().print(
         f"runs: {runs_dir} (graftstack runs --runs-dir {runs_dir}; graftstack runs show lp-ft --runs-dir {runs_dir})",
         highlight=False,
@@ -73,8 +83,13 @@ def run_demo(runs_dir: str) -> None:
 
 def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) -> Run:
     everything = [*_COMMON, f"runs_dir={runs_dir}", *overrides]
-    with job_display(plain_console(stderr=True, quiet=not console.is_terminal)) as display:
-        return launch(job, compose_job(job, everything), overrides=everything, display=display)
+    config = compose_job(job, everything)
+    quiet = plain_console(stderr=True, quiet=not console.is_terminal)
+    if isinstance(config, SweepConfig):
+        with sweep_display(quiet) as display:
+            return launch_sweep(config, overrides=everything, display=display)
+    with job_display(quiet) as display:
+        return launch(job, config, overrides=everything, display=display)
 
 
 def _clear(folder: Path) -> None:
@@ -82,7 +97,7 @@ def _clear(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise RunError(f"--runs-dir {folder}: a file, not a folder; choose another")
-    known = {"digits-0-4", *(contender.name for contender in _CONTENDERS)}
+    known = {"digits-0-4", "sweep", *(contender.name for contender in _CONTENDERS)}
     found = {run.manifest.name for run in list_runs(str(folder))}
     if strange := {path.name for path in folder.iterdir()} - (known & found):
         raise RunError(f"--runs-dir {folder}: holds {sorted(strange)[0]}, which is no demo run; choose another folder")

@@ -19,6 +19,7 @@ from graftstack.finetune.inputs import Inputs, TapInputs, TapItems
 from graftstack.finetune.task import Task
 from graftstack.taps.key import CHUNK_ITEMS, TapKey, TapSpec
 from graftstack.taps.store import TapStore
+from graftstack.taps.tap import Tap
 
 
 def tap_items(task: Task) -> TapItems:
@@ -54,9 +55,14 @@ def tap_spec(task: Task, boundary: int, *, dtype: str) -> TapSpec:
     return TapSpec(key=key, num_items=len(items), shape=_shapes(task)[boundary])
 
 
+def tap_inputs(task: Task, tap: Tap) -> TapInputs:
+    """Returns a tap of the task as what its training is fed."""
+    return TapInputs(tap, tap_items(task), tap.spec.key.boundary)
+
+
 def open_tap(task: Task, store: TapStore, spec: TapSpec) -> TapInputs:
     """Returns a stored tap as what a training is fed. Raises `TapMissingError` where it isn't whole."""
-    return TapInputs(store.open(spec), tap_items(task), spec.key.boundary)
+    return tap_inputs(task, store.open(spec))
 
 
 class PassResult(NamedTuple):

@@ -128,6 +128,8 @@ class Workbench:
     def __init__(self, *, progress: Callable[[int, int], None] | None = None) -> None:
         self._progress = progress
         self._data: dict[str, ImageData] = {}
+        """By the key of the data: as the last seed has split them."""
+        self._seeds: dict[str, int] = {}
         self._grafts: dict[str, _Rootstock] = {}
 
     def task(self, config: FinetuneConfig) -> Task:
@@ -163,11 +165,13 @@ class Workbench:
         if config.data.features and config.data.image is None:
             raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
         key = _key_of(config.data, image_size)
-        if key in self._data:
-            return split_again(self._data[key], config.data, seed=config.seed)
-        data = load_images(config.data, image_size=image_size, seed=config.seed, progress=self._progress)
-        self._data[key] = data
-        return data
+        if key not in self._data:
+            data = load_images(config.data, image_size=image_size, seed=config.seed, progress=self._progress)
+            self._data[key] = data
+        elif self._seeds[key] != config.seed:
+            self._data[key] = split_again(self._data[key], config.data, seed=config.seed)
+        self._seeds[key] = config.seed
+        return self._data[key]
 
 
 class _Rootstock:
@@ -179,7 +183,10 @@ class _Rootstock:
         self._initial: dict[str, Tensor] | None = None
 
     def restored(self) -> Backbone:
-        """Returns the backbone as it was before the last training."""
+        """Returns the backbone as it was before the last training, with all groups frozen: who trains it thaws some.
+
+        So the groups that aren't frozen when it comes back are those that may have changed.
+        """
         backbone = self._backbone
         state = backbone.model.state_dict()
         if self._initial is None:
@@ -188,7 +195,7 @@ class _Rootstock:
             with torch.no_grad():
                 for name, tensor in backbone.group_state(backbone.freeze_depth, backbone.num_groups).items():
                     tensor.copy_(self._initial[name])
-        backbone.freeze(0)
+        backbone.freeze(backbone.num_groups)
         return backbone
 
 

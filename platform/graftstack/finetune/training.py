@@ -76,6 +76,8 @@ class Training:
         self.worker = worker
         self.on_progress = on_progress
         self.model = task.model.to(worker.device)
+        # Before a checkpoint changes any weights: whoever lent the backbone restores those that aren't frozen.
+        self.model.backbone.freeze(task.freeze_depth)
         self.optimizer = build_optimizer(self.model, self.config.optimizer, freeze_depth=task.freeze_depth)
         self.class_weights = task.class_weights.to(worker.device)
         self.store = CheckpointStore(checkpoints, num_to_keep=self.config.checkpoint.num_to_keep)

@@ -8,7 +8,7 @@ from rich.table import Table
 from graftstack.report.tables import empty_table, number, size
 
 if TYPE_CHECKING:
-    from graftstack.sweep.plan import DepthPlan, SweepPlan
+    from graftstack.sweep.plan import SweepPlan
     from graftstack.sweep.probe import ProbeScore
 
 # The columns that every trial has; what else it has are its values of the keys in the space.
@@ -17,38 +17,53 @@ _MOST_ROWS = 40
 
 
 def plan_tables(plan: "SweepPlan", probes: Sequence["ProbeScore"] = ()) -> list[Table]:
-    """What each depth costs, what is shared and why not where not; then the sums."""
+    """What each depth costs and how it is shared; why; and the sums."""
+    return [_depths(plan, probes), _reasons(plan), _sums(plan)]
+
+
+def _depths(plan: "SweepPlan", probes: Sequence["ProbeScore"]) -> Table:
     known = {(score.backbone, score.depth): score for score in probes}
-    columns = ["backbone", "freeze depth", "trials", "frozen part", "tap", "seconds", "without sharing"]
-    depths = empty_table(*columns, *(["ridge probe", "k-NN"] if probes else []), "why")
+    columns = ["backbone", "depth", "trials", "frozen part", "tap", "seconds", "unshared"]
+    found = empty_table(*columns, *(["ridge", "k-NN"] if probes else []))
     for row in plan.depths:
         score = known.get((row.family, row.freeze_depth))
         scores = ["-", "-"] if score is None else [number(score.ridge), number(score.knn)]
-        depths.add_row(
+        found.add_row(
             row.family,
             str(row.freeze_depth),
-            _trials(row),
+            f"{row.num_trials} fused" if row.num_units < row.num_trials else str(row.num_trials),
             _WORDS[row.action],
             size(row.tap_bytes) if row.tap_bytes else "-",
             f"{row.seconds:.1f}",
             f"{row.uncached_s:.1f}",
             *(scores if probes else []),
-            row.reason,
         )
-    sums = empty_table("sweep", "")
-    sums.add_row("trials", str(plan.num_trials))
-    sums.add_row("images", str(plan.num_images))
-    sums.add_row("taps to write", size(plan.tap_bytes))
-    sums.add_row("one pass for them", f"{plan.pass_s:.1f} s")
-    sums.add_row("predicted", f"{plan.predicted_s:.1f} s")
-    sums.add_row("without sharing", f"{plan.uncached_s:.1f} s")
-    return [depths, sums]
+    return found
+
+
+def _reasons(plan: "SweepPlan") -> Table:
+    found = empty_table("depth", "why")
+    for row in plan.depths:
+        alone = f"; not fused: {row.why_not_fused}" if row.why_not_fused and row.num_trials > 1 else ""
+        found.add_row(str(row.freeze_depth), f"{row.reason}{alone}")
+    return found
+
+
+def _sums(plan: "SweepPlan") -> Table:
+    found = empty_table("sweep", "")
+    found.add_row("trials", str(plan.num_trials))
+    found.add_row("images", str(plan.num_images))
+    found.add_row("taps to write", size(plan.tap_bytes))
+    found.add_row("one pass for them", f"{plan.pass_s:.1f} s")
+    found.add_row("predicted", f"{plan.predicted_s:.1f} s")
+    found.add_row("without sharing", f"{plan.uncached_s:.1f} s")
+    return found
 
 
 _WORDS = {
-    "tap": "once, then read",
-    "stored": "read: stored already",
-    "recompute": "in each epoch",
+    "tap": "once",
+    "stored": "stored already",
+    "recompute": "each epoch",
     "images": "none",
 }
 
@@ -89,7 +104,3 @@ def reuse_line(reuse: Mapping[str, float]) -> str:
 def _rank(trial: Mapping[str, Any]) -> tuple[float, float, int]:
     metrics = trial["metrics"]
     return -metrics.get("accuracy", -1.0), metrics.get("loss", 0.0), trial["trial"]
-
-
-def _trials(row: "DepthPlan") -> str:
-    return f"{row.num_trials} fused" if row.num_units < row.num_trials else str(row.num_trials)

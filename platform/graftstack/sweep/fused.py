@@ -22,7 +22,7 @@ from graftstack.finetune.metrics import classification_metrics
 from graftstack.finetune.model import without_prefix
 from graftstack.finetune.schedules import lr_factor
 from graftstack.finetune.task import Task
-from graftstack.finetune.training import Trained, not_finite
+from graftstack.finetune.training import not_finite
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 from graftstack.sweep.fused_optimizers import FUSED_OPTIMIZERS
@@ -54,6 +54,16 @@ def fusing_key(task: Task) -> tuple[Any, ...]:
     )
 
 
+class Ended(NamedTuple):
+    """What a member has reached; its head holds the weights."""
+
+    history: tuple[dict[str, float], ...]
+    epoch: int
+    """The epoch that the weights are from, counted from 1; 0 if there was none."""
+    metrics: dict[str, float]
+    """Validation metrics of the weights."""
+
+
 class _Member:
     """One trial of the fused ones: what isn't a tensor."""
 
@@ -77,6 +87,17 @@ class _Member:
         num_steps = phase.schedule_stop - phase.schedule_start
         config = self.task.config
         return config.optimizer.lr * lr_factor(config.schedule, step=step - phase.schedule_start, num_steps=num_steps)
+
+    @property
+    def selected_epoch(self) -> int:
+        """The epoch whose weights are the result, counted from 1; 0 if there was none."""
+        return self.best_epoch if self.task.config.select is Select.best else len(self.history)
+
+    @property
+    def selected_metrics(self) -> dict[str, float]:
+        """The validation metrics of that epoch."""
+        row = self.history[self.selected_epoch - 1]
+        return {name: value for name, value in row.items() if name not in ("epoch", "train_loss")}
 
     def end_epoch(self, train_loss: float, logits: Tensor, labels: Tensor) -> bool:
         """Adds a row to the history; returns whether it is the best."""
@@ -159,25 +180,23 @@ class FusedTraining:
         """The members that stop early by their own rule."""
         return [member.index for member in self._members if member.is_over]
 
-    def finish(self, indices: Sequence[int]) -> dict[int, Trained]:
+    def finish(self, indices: Sequence[int]) -> dict[int, Ended]:
         """Puts the selected weights into the heads of some members, says what they reach, and drops them."""
         chosen = [position for position, member in enumerate(self._members) if member.index in indices]
-        selected = {name: value.detach().clone() for name, value in self._params.items()}
+        logits = self._validate(self._params) if any(not self._members[at].history for at in chosen) else None
+        ended = {}
         for position in chosen:
             member = self._members[position]
-            if member.history and member.task.config.select is Select.best:
-                for name, value in selected.items():
-                    value[position] = self._best[name][position]
-        logits = self._validate(selected)
-        trained = {}
-        for position in chosen:
-            member = self._members[position]
-            member.task.model.head.load_state_dict({name: value[position].cpu() for name, value in selected.items()})
-            epoch = member.best_epoch if member.task.config.select is Select.best else len(member.history)
-            metrics = classification_metrics(logits[position], _val_labels(member.task))
-            trained[member.index] = Trained(tuple(member.history), epoch, metrics, logits[position])
+            source = self._best if member.history and member.task.config.select is Select.best else self._params
+            head = {name: value[position].detach().cpu() for name, value in source.items()}
+            member.task.model.head.load_state_dict(head)
+            if logits is not None and not member.history:
+                metrics = classification_metrics(logits[position], _val_labels(member.task))
+            else:
+                metrics = member.selected_metrics
+            ended[member.index] = Ended(tuple(member.history), member.selected_epoch, metrics)
         self.drop(indices)
-        return trained
+        return ended
 
     def drop(self, indices: Sequence[int]) -> None:
         """Goes on without some members."""
@@ -193,12 +212,13 @@ class FusedTraining:
 
     def time_step(self, *, num: int = 5) -> float:
         """Returns the seconds that a step of all members takes, after one to warm up. The members train."""
-        times = []
-        for step, values, labels in self._steps(range(num + 1)):
+        times = [0.0]
+        for step, values, labels in self._steps(range(min(num + 1, self._first.num_steps))):
             began = time.perf_counter()
             self._run_step(step, values, labels).sum().item()
             times.append(time.perf_counter() - began)
-        return sum(times[1:]) / max(1, len(times) - 1)
+        warm = times[2:] or times[1:] or times
+        return sum(warm) / len(warm)
 
     def time_validation(self, rows: np.ndarray) -> float:
         """Returns the seconds that a validation of all members on `rows` takes, metrics included."""

@@ -129,11 +129,12 @@ def _rates(task: Task, samples: Mapping[int, Tensor], dtype: str) -> tuple[float
     """Returns seconds a byte of reading a tap and of writing it, found on a small one in a folder of its own."""
     if not samples:
         return 0.0, 0.0
-    deepest = max(samples)
-    spec = replace(tap_spec(task, deepest, dtype=dtype), num_items=CHUNK_ITEMS)
+    # The largest one: of a few bytes, what a file costs whatever its size would count as the cost of a byte.
+    largest = max(samples, key=lambda boundary: samples[boundary][0].numel())
+    spec = replace(tap_spec(task, largest, dtype=dtype), num_items=CHUNK_ITEMS)
     if spec.num_bytes > _RATE_BYTES:
         spec = replace(spec, num_items=max(1, _RATE_BYTES // spec.item_bytes))
-    values = samples[deepest][torch.arange(spec.num_items) % len(samples[deepest])]
+    values = samples[largest][torch.arange(spec.num_items) % len(samples[largest])]
     with tempfile.TemporaryDirectory() as folder:
         store = TapStore(folder, budget_bytes=spec.num_bytes)
         began = time.perf_counter()

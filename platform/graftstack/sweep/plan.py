@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +49,7 @@ class DepthPlan:
     uncached_s: float
     """The same without any sharing."""
     why_not_fused: str | None
+    """Of trials of which only the head trains, if they train one by one all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,13 @@ class _Family:
     forward: Forward | None = None
 
 
+class _Traits(NamedTuple):
+    """What decides whether and with which others a trial's head can be fused."""
+
+    obstacle: str | None
+    fusing_key: tuple[Any, ...]
+
+
 class Planner:
     """Decides for each family of trials and each freeze depth, and puts trials into units accordingly."""
 
@@ -115,6 +122,8 @@ class Planner:
         self._workbench = workbench
         self._device = device
         self._families: dict[str, _Family] = {}
+        self._group_counts: dict[str, int] = {}
+        self._traits_of: dict[tuple[Any, ...], _Traits] = {}
         self._uses_taps = config.reuse is Reuse.auto
 
     def plan(self, trials: Sequence[Trial]) -> SweepPlan:
@@ -213,12 +222,22 @@ class Planner:
     def _group(self, trial: Trial) -> tuple[Any, ...]:
         """Returns what trials that train as one unit have in common."""
         tap = self._tap(trial)
-        if tap is None:
+        traits = None if tap is None else self._traits(trial)
+        if tap is None or traits is None or traits.obstacle is not None:
             return ("alone", trial.index)
-        task = self._workbench.task(trial.config)
-        if obstacle_to_fusing(task) is not None:
-            return ("alone", trial.index)
-        return (tap.key.digest, fusing_key(task))
+        return (tap.key.digest, traits.fusing_key)
+
+    def _traits(self, trial: Trial) -> "_Traits":
+        """Returns how a trial can be fused; trials that differ in rates and the like have the same traits."""
+        config = trial.config
+        key = (
+            *(self._family_key(config), config.freeze_depth, config.seed, config.optimizer.name, config.epochs),
+            *(config.batch_size, config.accumulate),
+        )
+        if key not in self._traits_of:
+            task = self._workbench.task(config)
+            self._traits_of[key] = _Traits(obstacle_to_fusing(task), fusing_key(task))
+        return self._traits_of[key]
 
     def _most_fused(self, trial: Trial) -> int:
         data = self._workbench.task(trial.config).data
@@ -270,10 +289,6 @@ class Planner:
         if key not in self._group_counts:
             self._group_counts[key] = self._workbench.task(trial.config).model.backbone.num_groups
         return self._group_counts[key]
-
-    @cached_property
-    def _group_counts(self) -> dict[str, int]:
-        return {}
 
     def _labels(self) -> list[str]:
         """Returns what tells the families apart, in the words of the space."""
@@ -338,12 +353,14 @@ class Planner:
         trials, boundary = family.trials[depth], family.boundary_of[depth]
         assert family.forward is not None
         obstacle = self._obstacle(trials[0].config, depth)
+        for trial in {_step_of(trial.config): trial for trial in trials}.values():
+            self._workbench.task(trial.config)  # which complains of a step that can't be
         task = self._workbench.task(trials[0].config)
         alone = measure_suffix({0: task}, family.forward.samples.get(boundary), boundary, self._device)
-        units, why_not = [[trial] for trial in trials], "freeze_depth leaves groups to train"
+        units, why_not = [[trial] for trial in trials], None
         if depth >= task.model.head_boundary:
-            why_not = obstacle_to_fusing(task) or ""
-            if obstacle is None and not why_not:
+            why_not = obstacle_to_fusing(task)
+            if obstacle is None and why_not is None:
                 units = self._fused(trials)
         together = alone
         if any(len(unit) > 1 for unit in units):
@@ -359,12 +376,12 @@ class Planner:
             for members in (trials, [unit[0] for unit in units])
         ]
         demand = Demand(boundary, *uses[1], *uses[0], obstacle)
-        return _DepthCost(trials, units, task, alone, together, demand, why_not or None)
+        return _DepthCost(trials, units, task, alone, together, demand, why_not)
 
     def _fused(self, trials: Sequence[Trial]) -> list[list[Trial]]:
         groups: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
         for trial in trials:
-            groups[fusing_key(self._workbench.task(trial.config))].append(trial)
+            groups[self._traits(trial).fusing_key].append(trial)
         return list(groups.values())
 
     def _obstacle(self, config: FinetuneConfig, depth: int) -> str | None:
@@ -432,6 +449,11 @@ def _depth_plan(
 
 def _reads(choice: Choice) -> bool:
     return choice.action in ("tap", "stored")
+
+
+def _step_of(config: FinetuneConfig) -> tuple[int, int, bool]:
+    """Returns all that decides whether a step can be, on one backbone at one depth and on data of one size."""
+    return config.batch_size, config.accumulate, config.epochs > 0
 
 
 def _rows_per_step(task: Task) -> int:

@@ -14,17 +14,18 @@ from graftstack.config.sweep import TapsConfig
 from graftstack.errors import GraftstackError, OutOfMemoryError, StorageFullError
 from graftstack.finetune.counting import ForwardCount, counting_forwards
 from graftstack.finetune.model import GraftedModel
-from graftstack.finetune.tapping import PassResult, make_shards, open_tap
+from graftstack.finetune.tapping import PassResult, make_shards, tap_inputs
 from graftstack.finetune.task import Task, Workbench
 from graftstack.finetune.training import Trained, Training
 from graftstack.reason import reason
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
-from graftstack.sweep.fused import FusedTraining
+from graftstack.sweep.fused import Ended, FusedTraining
 from graftstack.sweep.ledger import Ledger
 from graftstack.sweep.trials import EpochEnd, Row, Status, Trial, TrialResult, Unit, UnitEnd
 from graftstack.taps.key import TapSpec
 from graftstack.taps.store import TapStore
+from graftstack.taps.tap import Tap
 
 WEIGHTS = "trained.safetensors"
 
@@ -108,7 +109,7 @@ class TrialRunner:
         # After an interrupt, a search that learns may give the same number to another trial.
         checkpoints = self._folder / trial.name / f"checkpoints-{_digest(trial.params)}"
         with ExitStack() as stack:
-            task = self._task(trial, unit.tap, stack)
+            task = self._task(trial, self._tap(unit.tap, stack))
             count = stack.enter_context(counting_forwards(task.model.backbone))
             training = Training(task, LocalWorker(self._device), checkpoints)
             status: Status = "done"
@@ -127,7 +128,8 @@ class TrialRunner:
         assert unit.tap is not None, "only what reads one tap is fused"
         checkpoints = self._folder / f"fused-{unit.tap.key.digest}"
         with ExitStack() as stack:
-            tasks = {index: self._task(trial, unit.tap, stack) for index, trial in by_index.items()}
+            tap = self._tap(unit.tap, stack)
+            tasks = {index: self._task(trial, tap) for index, trial in by_index.items()}
             names = {trial.index: _digest(trial.params) for trial in unit.trials}
             fused = FusedTraining(tasks, self._device, checkpoints, names=names)
 
@@ -152,13 +154,12 @@ class TrialRunner:
             end(fused.indices, "done")
         checkpoints.remove_all()
 
-    def _task(self, trial: Trial, spec: TapSpec | None, stack: ExitStack) -> Task:
+    def _tap(self, spec: TapSpec | None, stack: ExitStack) -> Tap | None:
+        return None if spec is None else stack.enter_context(self._store.open(spec))
+
+    def _task(self, trial: Trial, tap: Tap | None) -> Task:
         task = self._workbench.task(trial.config)
-        if spec is None:
-            return task
-        inputs = open_tap(task, self._store, spec)
-        stack.callback(inputs.tap.close)
-        return replace(task, tap=inputs)
+        return task if tap is None else replace(task, tap=tap_inputs(task, tap))
 
     def _save_weights(self, trial: Trial, model: GraftedModel, *, above: int) -> None:
         """Keeps what training changed; the frozen groups are the backbone's own."""
@@ -187,7 +188,7 @@ def _status(num_epochs: int, task: Task) -> Status:
     return "done" if num_epochs >= task.config.epochs else "stopped"
 
 
-def _result(trial: Trial, status: Status, trained: Trained, seconds: float, count: ForwardCount) -> TrialResult:
+def _result(trial: Trial, status: Status, trained: Trained | Ended, seconds: float, count: ForwardCount) -> TrialResult:
     history: tuple[Row, ...] = trained.history
     return TrialResult(
         index=trial.index,
