@@ -2,7 +2,7 @@
 
 A map of the package, from the ground up; imports point down only, and importing this loads neither torch nor ray.
 
-- `errors`, `reason`, `machine`, `seeding`, `storage`: what everything else stands on
+- `errors`, `reason`, `amounts`, `machine`, `seeding`, `storage`: what everything else stands on
 - `config`: YAML and overrides become one typed, validated dataclass, once, at the edge
 - `runtime`, `checkpoint`, `runs`: what a training loop sees of a cluster; durable state; the run folder
 - `data`, `backbones`, `taps`: Arrow tables to image batches; models as ordered layer groups; what frozen groups made

@@ -98,15 +98,23 @@ def plan_sweep(config: SweepConfig, *, overrides: Sequence[str], display: SweepD
 
 @contextmanager
 def _cluster(config: SweepConfig, *, verbose: bool) -> Iterator[None]:
-    """Connects to a cluster that is there; an embedded one is started once processes are worth it."""
+    """Connects to a cluster that is there, and checks that a trial fits on it.
+
+    An embedded one is started once processes are worth it.
+    """
     if config.cluster.kind is not ClusterKind.ray:
         yield
         return
-    from graftstack.cluster.resources import check_resources, cluster_resources
+    from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources
     from graftstack.cluster.session import ray_session
+    from graftstack.cluster.train import check_cluster
 
     with ray_session(config.cluster, verbose=verbose):
-        check_resources(config.cluster, cluster_resources())
+        if config.cluster.max_workers > 1:
+            check_cluster(config)
+        else:
+            check_resources(config.cluster, cluster_resources())
+            check_nodes(config.cluster, config.cluster.cpus_per_worker or 1)
         yield
 
 
@@ -257,20 +265,20 @@ class _Sweep:
 
         scores = probe_stored(self._planner.tapped(), self._store, self._workbench)
         self._display.probed(scores)
-        rows = pruned_rows(self._planner, scores, self._trials, margin=self._config.prune_margin)
+        left = [trial for trial in self._trials if trial.index not in self._finished]
+        rows = pruned_rows(self._planner, scores, left, margin=self._config.prune_margin)
         for text in dict.fromkeys(str(row.error) for row in rows.values()):
             self._display.say(f"pruned: {text}")
-        left_out = {index: row for index, row in rows.items() if index not in self._finished}
-        for row in left_out.values():
+        for row in rows.values():
             self._ledger.write(row)
-        return left_out
+        return rows
 
     def _search(self, num_slots: int) -> Search:
         if self._config.search is not SearchName.optuna:
             return ListSearch(self._config)
         from graftstack.cluster.tune import OptunaSearch
 
-        return OptunaSearch(self._config, max_open=num_slots)
+        return OptunaSearch(self._config, max_open=max(num_slots, self._config.max_concurrent_trials or 1))
 
     def _trial_of(self, result: TrialResult) -> Trial:
         return Trial(result.index, result.params, trial_config(self._config, result.params))
@@ -309,15 +317,12 @@ def _scheduler(config: SweepConfig) -> Scheduler:
 
 
 def _details(best: TrialResult, results: Sequence[TrialResult], task: "Task") -> dict[str, Any]:
+    from graftstack.finetune.job import task_details
+
     counts = Counter(result.status for result in results)
     return {
         "best_trial": best.index,
         **{f"best_{name}": value for name, value in best.params.items()},
         **{f"num_{status}": num for status, num in sorted(counts.items())},
-        "num_train": len(task.data.splits.train),
-        "num_val": len(task.data.splits.val),
-        "num_skipped_images": task.data.num_skipped,
-        "data_fingerprint": task.data.fingerprint,
-        "weights": task.weights_used,
-        "freeze_depth": task.freeze_depth,
+        **task_details(task),
     }

@@ -92,9 +92,12 @@ def _save_artifacts(task: Task, trained: Trained, folder: Folder) -> None:
 
 
 def _details(task: Task, trained: Trained) -> dict[str, Any]:
+    return {"num_epochs": len(trained.history), "best_epoch": trained.epoch, **task_details(task)}
+
+
+def task_details(task: Task) -> dict[str, Any]:
+    """Returns what a manifest says of the data and the backbone."""
     return {
-        "num_epochs": len(trained.history),
-        "best_epoch": trained.epoch,
         "num_train": len(task.data.splits.train),
         "num_val": len(task.data.splits.val),
         "num_skipped_images": task.data.num_skipped,

@@ -87,6 +87,8 @@ class Training:
         self._best_state: dict[str, Tensor] = {}
         """Of the best epoch; empty where that was before this process began."""
         self._saved_best_epoch = 0
+        self._selected_logits: Tensor | None = None
+        """Of the epoch that is selected so far, if this process has seen it."""
         self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
         self._looked_at = time.perf_counter()
@@ -119,7 +121,9 @@ class Training:
         if epoch and self.config.select is Select.best:
             epoch = self.position.best_epoch
             self.model.load_named_state(self._best_state or self._saved_best(epoch), above=self.task.freeze_depth)
-        logits = self._validate()
+        logits = self._selected_logits
+        if logits is None:  # the epoch was before this process began, or there was none
+            logits = self._validate()
         metrics = classification_metrics(logits, self._val_labels())
         return Trained(self.position.history, epoch, metrics, logits)
 
@@ -275,7 +279,8 @@ class Training:
 
     def _end_epoch(self) -> None:
         epoch = self.position.step // self.task.steps_per_epoch
-        metrics = classification_metrics(self._validate(), self._val_labels())
+        logits = self._validate()
+        metrics = classification_metrics(logits, self._val_labels())
         row = {"epoch": epoch, "train_loss": self.position.loss_sum / self.task.steps_per_epoch, **metrics}
         is_best = metrics["accuracy"] > self.position.best_accuracy
         self.position = self.position._replace(
@@ -286,6 +291,8 @@ class Training:
         if is_best and self.config.select is Select.best:
             state = self.model.named_state(above=self.task.freeze_depth)
             self._best_state = {name: tensor.detach().clone() for name, tensor in state.items()}
+        if is_best or self.config.select is Select.last:
+            self._selected_logits = logits
         if self._is_save_due():
             self._save()
         self._tell(loss=row["train_loss"], lr=None, images_per_s=None)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from graftstack.report.tables import empty_table, number, size
+from graftstack.amounts import size
+from graftstack.report.tables import empty_table, number
 
 if TYPE_CHECKING:
     from graftstack.sweep.plan import SweepPlan

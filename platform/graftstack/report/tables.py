@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from graftstack.amounts import size
 from graftstack.config.plain import flatten
 from graftstack.runs import Manifest
 
 if TYPE_CHECKING:
     from graftstack.finetune.plan import Plan
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def runs_table(manifests: Iterable[Manifest]) -> Table:
@@ -87,14 +86,6 @@ def number(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def size(num_bytes: int) -> str:
-    """Returns a number of bytes in the unit a person would choose."""
-    amount, unit = float(num_bytes), 0
-    while amount >= 1024 and unit + 1 < len(_UNITS):
-        amount, unit = amount / 1024, unit + 1
-    return f"{amount:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
 
 
 def _union(groups: Iterable[Mapping[str, object]]) -> list[str]:

@@ -168,8 +168,10 @@ class _Loop:
                 self._record(TrialResult(index=trial.index, params=trial.params, status="failed", error=error))
             else:
                 again.append(trial)
-        if again:
-            self._waiting.appendleft(unit._replace(trials=tuple(again)))
+        # Trials that lost their process together may have been too many for its memory: next time they are fewer.
+        half = -(-len(again) // 2)
+        parts = (again[:half], again[half:]) if len(again) > 1 else (again,)
+        self._waiting.extendleft(unit._replace(trials=tuple(part)) for part in reversed(parts) if part)
 
     def _record(self, result: TrialResult) -> None:
         """Makes sure that the row is on disk before anything follows from it."""

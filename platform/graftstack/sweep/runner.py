@@ -25,7 +25,7 @@ from graftstack.sweep.ledger import Ledger
 from graftstack.sweep.trials import EpochEnd, Row, Status, Trial, TrialResult, Unit, UnitEnd
 from graftstack.taps.key import TapSpec
 from graftstack.taps.store import TapStore
-from graftstack.taps.tap import Tap
+from graftstack.taps.tap import Tap, TapMissingError
 
 WEIGHTS = "trained.safetensors"
 
@@ -66,6 +66,7 @@ class TrialRunner:
         self._unit: Unit | None = None
         self._answers: _Answers | None = None
         self._results: dict[int, TrialResult] = {}
+        self._forwards_of_taps = 0
 
     def start(self, unit: Unit) -> EpochEnd | UnitEnd:
         """Begins a unit, or continues it from its checkpoint, up to the end of an epoch."""
@@ -109,7 +110,7 @@ class TrialRunner:
         # After an interrupt, a search that learns may give the same number to another trial.
         checkpoints = self._folder / trial.name / f"checkpoints-{_digest(trial.params)}"
         with ExitStack() as stack:
-            task = self._task(trial, self._tap(unit.tap, stack))
+            task = self._task(trial, self._tap(unit, stack))
             count = stack.enter_context(counting_forwards(task.model.backbone))
             training = Training(task, LocalWorker(self._device), checkpoints)
             status: Status = "done"
@@ -128,7 +129,7 @@ class TrialRunner:
         assert unit.tap is not None, "only what reads one tap is fused"
         checkpoints = self._folder / f"fused-{unit.tap.key.digest}"
         with ExitStack() as stack:
-            tap = self._tap(unit.tap, stack)
+            tap = self._tap(unit, stack)
             tasks = {index: self._task(trial, tap) for index, trial in by_index.items()}
             names = {trial.index: _digest(trial.params) for trial in unit.trials}
             fused = FusedTraining(tasks, self._device, checkpoints, names=names)
@@ -154,8 +155,24 @@ class TrialRunner:
             end(fused.indices, "done")
         checkpoints.remove_all()
 
-    def _tap(self, spec: TapSpec | None, stack: ExitStack) -> Tap | None:
-        return None if spec is None else stack.enter_context(self._store.open(spec))
+    def _tap(self, unit: Unit, stack: ExitStack) -> Tap | None:
+        if unit.tap is None:
+            return None
+        try:
+            tap = self._store.open(unit.tap)
+        except TapMissingError:  # on a node that doesn't share the driver's disk, or after somebody removed it
+            tap = self._made(unit.trials[0], unit.tap)
+        return stack.enter_context(tap)
+
+    def _made(self, trial: Trial, spec: TapSpec) -> Tap:
+        """Makes what this node lacks of a tap; once, whichever process needs it first."""
+        with self._store.making([spec]):
+            missing = {shard: [0] for shard in self._store.missing_shards(spec)}
+            if missing:
+                task = self._workbench.task(trial.config)
+                made = make_shards(task, self._store, [spec], missing, device=self._device)
+                self._forwards_of_taps += made.num_forwards
+            return self._store.open(spec)
 
     def _task(self, trial: Trial, tap: Tap | None) -> Task:
         task = self._workbench.task(trial.config)
@@ -168,6 +185,8 @@ class TrialRunner:
         (self._folder / trial.name).write(WEIGHTS, content)
 
     def _record(self, trial: Trial, result: TrialResult) -> None:
+        made, self._forwards_of_taps = self._forwards_of_taps, 0
+        result = replace(result, backbone_forwards=result.backbone_forwards + made)
         self._ledger.write(result)
         self._results[trial.index] = result
 

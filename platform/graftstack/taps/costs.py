@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from graftstack.amounts import duration, size
+
 Action = Literal["tap", "stored", "recompute", "images"]
 """tap: make it and read it; stored: read the one that is there; recompute: run the frozen part each time; images:
 nothing is frozen, so training begins with the images."""
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +232,9 @@ def _choice(demand: Demand, market: _Market, *, wanted: Sequence[int], made: Seq
 
 
 def _why(demand: Demand, offer: _Offer, market: _Market) -> str:
-    reads = _seconds(read_s(offer.boundary, demand, market.rates))
-    forwards = _seconds(compute_s(offer.boundary, demand, market.rates))
-    return f"{_size(offer.num_bytes)}, read in {reads} instead of {forwards} of forward"
+    reads = duration(read_s(offer.boundary, demand, market.rates))
+    forwards = duration(compute_s(offer.boundary, demand, market.rates))
+    return f"{size(offer.num_bytes)}, read in {reads} instead of {forwards} of forward"
 
 
 def _why_not(demand: Demand, market: _Market, *, wanted: Sequence[int], made: Sequence[int]) -> str:
@@ -249,24 +249,24 @@ def _why_not(demand: Demand, market: _Market, *, wanted: Sequence[int], made: Se
         return _why_too_large(offer, market)
     if demand.boundary in wanted and made:
         depths = ", ".join(map(str, made))
-        budget = f"taps.budget_bytes={_size(market.budget_bytes)}"
-        return f"needs {_size(offer.num_bytes)}; {budget} is better spent on freeze_depth={depths}"
+        budget = f"taps.budget_bytes={size(market.budget_bytes)}"
+        return f"needs {size(offer.num_bytes)}; {budget} is better spent on freeze_depth={depths}"
     return _why_unpaid(offer, market, made)
 
 
 def _why_slow(boundary: Boundary, rates: Rates) -> str:
-    reading = _seconds(boundary.item_bytes * rates.read_s_per_byte)
-    forward = _seconds(rates.decode_s + boundary.prefix_s)
-    return f"reading {_size(boundary.item_bytes)} in {reading} costs more than {forward} of forward"
+    reading = duration(boundary.item_bytes * rates.read_s_per_byte)
+    forward = duration(rates.decode_s + boundary.prefix_s)
+    return f"reading {size(boundary.item_bytes)} in {reading} costs more than {forward} of forward"
 
 
 def _why_too_large(offer: _Offer, market: _Market) -> str:
     """The largest depth that fits is what a user can have without a larger budget."""
     fitting = [other for number, other in market.offers.items() if number > 0 and other.num_bytes <= market.room_bytes]
     largest = max(fitting, key=lambda other: other.boundary.boundary, default=None)
-    holds = "no tap" if largest is None else f"freeze_depth={largest.boundary.boundary} ({_size(largest.num_bytes)})"
-    beside = f", {_size(market.used_bytes)} of it in use," if market.used_bytes else ""
-    return f"needs {_size(offer.num_bytes)}; taps.budget_bytes={_size(market.budget_bytes)}{beside} holds {holds}"
+    holds = "no tap" if largest is None else f"freeze_depth={largest.boundary.boundary} ({size(largest.num_bytes)})"
+    beside = f", {size(market.used_bytes)} of it in use," if market.used_bytes else ""
+    return f"needs {size(offer.num_bytes)}; taps.budget_bytes={size(market.budget_bytes)}{beside} holds {holds}"
 
 
 def _why_unpaid(offer: _Offer, market: _Market, made: Sequence[int]) -> str:
@@ -274,20 +274,4 @@ def _why_unpaid(offer: _Offer, market: _Market, made: Sequence[int]) -> str:
     more_s = making_s([*rest, offer.boundary], market.rates, num_items=market.num_items) - making_s(
         rest, market.rates, num_items=market.num_items
     )
-    return f"making {_size(offer.num_bytes)} takes {_seconds(more_s)}, and reading it saves {_seconds(offer.spared_s)}"
-
-
-def _seconds(seconds: float) -> str:
-    """Returns a time in the unit a person would choose."""
-    amount, unit = seconds, "s"
-    if seconds < 0.1:
-        amount, unit = (1e3 * seconds, "ms") if seconds >= 1e-4 else (1e6 * seconds, "µs")
-    return f"{amount:,.0f} {unit}" if amount >= 9.95 or amount == 0 else f"{amount:.1f} {unit}"
-
-
-def _size(num_bytes: int) -> str:
-    """Returns a number of bytes in the unit a person would choose."""
-    amount, unit = float(num_bytes), 0
-    while amount >= 1024 and unit + 1 < len(_UNITS):
-        amount, unit = amount / 1024, unit + 1
-    return f"{amount:.1f} {_UNITS[unit]}" if unit else f"{num_bytes} B"
+    return f"making {size(offer.num_bytes)} takes {duration(more_s)}, and reading it saves {duration(offer.spared_s)}"
