@@ -16,4 +16,4 @@ def duration(seconds: float) -> str:
     amount, unit = seconds, "s"
     if seconds < 0.1:
         amount, unit = (1e3 * seconds, "ms") if seconds >= 1e-4 else (1e6 * seconds, "µs")
-    return f"{amount:,.0f} {unit}" if amount >= 10 or amount == 0 else f"{amount:.1f} {unit}"
+    return f"{amount:,.0f} {unit}" if amount >= 9.95 or amount == 0 else f"{amount:.1f} {unit}"

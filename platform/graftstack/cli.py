@@ -151,14 +151,14 @@ def _check_num_names(action: str, names: Sequence[str]) -> None:
 
 def _with_trials(run: Any) -> Any:
     """Returns the manifest of a run; that of a sweep which isn't done gets the trials that are over."""
-    if run.manifest.job != "sweep" or run.manifest.results:
+    if run.manifest.job != "sweep" or "trials" in run.manifest.results:
         return run.manifest
     from graftstack.sweep.ledger import Ledger
 
     rows = Ledger(run.folder / "trials").read().values()
     common = ("status", "metrics", "seconds", "epochs", "error")
     trials = [{"trial": row.index, **row.params, **{key: getattr(row, key) for key in common}} for row in rows]
-    return replace(run.manifest, results={"trials": trials})
+    return replace(run.manifest, results={**run.manifest.results, "trials": trials})
 
 
 def _shown(manifest: Any) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class _Sweep:
         run.folder.write(PLAN, json.dumps({**asdict(plan), "predicted_s": plan.predicted_s}, indent=2).encode())
         beat = heartbeat(run)
         with workplace(self._config, plan, self._settings, workbench=self._workbench, verbose=self._verbose) as place:
-            forwards = self._make_taps(place, beat)
+            forwards = self._make_taps(place, run, beat)
             with ExitStack() as taps:
                 self._hold_taps(taps)
                 results = self._train(place, beat)
@@ -198,18 +198,23 @@ class _Sweep:
             },
         )
 
-    def _make_taps(self, place: Workplace, beat: Callable[[], None]) -> int:
-        """Makes all taps that the plan asks for; where that can't be, their trials compute what they need."""
+    def _make_taps(self, place: Workplace, run: Run, beat: Callable[[], None]) -> int:
+        """Makes all taps that the plan asks for; where that can't be, their trials compute what they need.
+
+        Returns:
+            How many images went through the frozen part for it, in earlier starts too.
+        """
         from graftstack.sweep.passes import NoRoomError, make_pass
 
         def on_shard(done: int, total: int) -> None:
             beat()
             self._display.tapping(done, total)
 
-        forwards = 0
+        forwards = int(run.manifest.results.get("reuse", {}).get("backbone_forwards", 0))
         for wanted in self._planner.passes():
             try:
                 forwards += make_pass(wanted, self._store, make=lambda calls: place.make(calls, on_shard))
+                run.update(results={"reuse": {"backbone_forwards": forwards}})
             except (NoRoomError, StorageFullError) as error:
                 self._give_up(wanted, error)
         return forwards

@@ -71,7 +71,7 @@ def train_rank(
         to_file(progress)
         on_progress(progress)
 
-    with counting_forwards(task.model.backbone) as count:
+    with counting_forwards(task.model.backbone, freeze_depth=task.freeze_depth) as count:
         trained = Training(task, worker, folder / CHECKPOINTS, on_progress=tell).run()
     if worker.rank == 0:
         _save_artifacts(task, trained, folder)

@@ -87,7 +87,7 @@ def make_plan(task: Task) -> Plan:
         cache_bytes=len(task.data) * size * size * 3,
         checkpoint_bytes=_checkpoint_bytes(task),
         validation_s=validation_s,
-        predicted_s=training_s + validation_s * (task.config.epochs + 1),
+        predicted_s=training_s + validation_s * max(1, task.config.epochs),
     )
 
 

@@ -101,7 +101,7 @@ def make_shards(
     source: Inputs = open_tap(task, store, start) if start else task.images
     model = task.model.to(device)
     model.backbone.freeze(model.backbone.num_groups)
-    with counting_forwards(model.backbone) as count:
+    with counting_forwards(model.backbone, freeze_depth=model.backbone.num_groups) as count:
         for shard, lacking in shards.items():
             wanted = [specs[position] for position in lacking]
             items = np.asarray(wanted[0].items_of(shard))

@@ -275,10 +275,13 @@ class Planner:
         """Whether it decides over the backbone's weights, or over which rows there are."""
         return config.backbone.weights == "none" or config.data.num_train_per_class is not None
 
-    def _samples_of(self, family: _Family) -> str:
-        config = family.trial.config
-        spec = next(iter(family.specs.values()), None)
-        return json.dumps([config.backbone.name, spec.key.rows if spec else to_plain(config.data)])
+    @staticmethod
+    def _samples_of(family: _Family) -> str:
+        """Returns what tells the samples of families apart, as their backbones see them."""
+        key = family.specs[min(family.specs)].key if family.specs else None
+        if key is None:
+            return json.dumps([to_plain(family.trial.config.backbone), to_plain(family.trial.config.data)])
+        return json.dumps([key.backbone, key.weights, key.preprocessing, key.precision, key.data, key.rows, key.views])
 
     def _depth(self, trial: Trial) -> int:
         depth = trial.config.freeze_depth
@@ -310,10 +313,9 @@ class Planner:
         head_boundary = task.model.head_boundary
         family.boundary_of = {depth: min(depth, head_boundary) for depth in family.trials}
         numbers = sorted(set(family.boundary_of.values()) - {0})
-        if self._uses_taps:
-            dtype = self._config.taps.dtype.value
-            family.specs = {number: tap_spec(task, number, dtype=dtype) for number in numbers}
-        forward = measure_forward(task, numbers, dtype=self._config.taps.dtype.value, device=self._device)
+        dtype = self._config.taps.dtype.value
+        family.specs = {number: tap_spec(task, number, dtype=dtype) for number in numbers}
+        forward = measure_forward(task, numbers, dtype=dtype, device=self._device)
         family.forward = forward
         boundaries = [self._boundary(family, forward, number) for number in numbers]
         costs = {depth: self._depth_cost(family, depth) for depth in sorted(family.trials)}
@@ -340,13 +342,12 @@ class Planner:
         return rows, made
 
     def _boundary(self, family: _Family, forward: Forward, number: int) -> Boundary:
-        spec = family.specs.get(number)
-        sample = forward.samples[number]
+        spec = family.specs[number]
         return Boundary(
             boundary=number,
             prefix_s=forward.prefix_s[number],
-            item_bytes=spec.item_bytes if spec else sample[0].nbytes,
-            is_stored=spec is not None and self._store.is_complete(spec),
+            item_bytes=spec.item_bytes,
+            is_stored=self._uses_taps and self._store.is_complete(spec),
         )
 
     def _depth_cost(self, family: _Family, depth: int) -> "_DepthCost":
@@ -371,7 +372,7 @@ class Planner:
         uses = [
             (
                 sum(trial.config.epochs for trial in members) * task.steps_per_epoch * _rows_per_step(task),
-                sum(trial.config.epochs + 1 for trial in members) * len(splits.val),
+                sum(max(1, trial.config.epochs) for trial in members) * len(splits.val),
             )
             for members in (trials, [unit[0] for unit in units])
         ]
@@ -415,7 +416,7 @@ class _DepthCost(NamedTuple):
         epochs = [trial.config.epochs for trial in members]
         num_val = len(self.task.data.splits.val)
         steps_s = sum(epochs) * self.task.steps_per_epoch * suffix.step_s
-        validation_s = sum(epoch + 1 for epoch in epochs) * (num_val * suffix.val_s + _EPOCH_S)
+        validation_s = sum(max(1, epoch) for epoch in epochs) * (num_val * suffix.val_s + _EPOCH_S)
         return steps_s + validation_s + len(epochs) * _TRIAL_S
 
 

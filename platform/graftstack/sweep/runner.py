@@ -111,7 +111,7 @@ class TrialRunner:
         checkpoints = self._folder / trial.name / f"checkpoints-{_digest(trial.params)}"
         with ExitStack() as stack:
             task = self._task(trial, self._tap(unit, stack))
-            count = stack.enter_context(counting_forwards(task.model.backbone))
+            count = stack.enter_context(counting_forwards(task.model.backbone, freeze_depth=task.freeze_depth))
             training = Training(task, LocalWorker(self._device), checkpoints)
             status: Status = "done"
             for row in training.epochs():
