@@ -1,13 +1,15 @@
 """A pool whose trials train with several workers each: a Ray Train group for every trial."""
 
+import json
 import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from graftstack.cluster.train import GroupStop, train_in_group
 from graftstack.errors import GraftstackError, StorageFullError
+from graftstack.finetune.job import CHECKPOINTS
 from graftstack.reason import reason
 from graftstack.storage import Folder
 from graftstack.sweep.ledger import Ledger
@@ -16,6 +18,16 @@ from graftstack.sweep.trials import Event, Trial, TrialResult, Unit, UnitEnd, Un
 if TYPE_CHECKING:
     from graftstack.finetune.job import Outcome
     from graftstack.sweep.runner import RunnerSettings
+
+PARAMS = "params.json"
+
+# How long a thread may take to see that it is to stop, and to remove what its group has written for Ray.
+_STOP_S = 10.0
+
+
+class _Group(NamedTuple):
+    thread: threading.Thread
+    stop: GroupStop
 
 
 class GroupPool:
@@ -29,7 +41,7 @@ class GroupPool:
         self._folder = Folder(settings.trials_folder)
         self._num_slots = num_slots
         self._verbose = verbose
-        self._running: dict[str, GroupStop] = {}
+        self._running: dict[str, _Group] = {}
         self._events: queue.Queue[Event | StorageFullError] = queue.Queue()
 
     @property
@@ -40,8 +52,9 @@ class GroupPool:
     def start(self, unit: Unit) -> None:
         """Begins the trial of `unit`."""
         stop = GroupStop()
-        self._running[unit.name] = stop
-        threading.Thread(target=self._train, args=(unit, stop), name=f"trial-{unit.name}", daemon=True).start()
+        thread = threading.Thread(target=self._train, args=(unit, stop), name=f"trial-{unit.name}", daemon=True)
+        self._running[unit.name] = _Group(thread, stop)
+        thread.start()
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Returns what has happened since, after at most `timeout_s`. Raises `StorageFullError`."""
@@ -59,18 +72,22 @@ class GroupPool:
         raise AssertionError(f"unit {unit.name} asked nothing of {keep}")
 
     def close(self) -> None:
-        """Ends all groups and waits until they are gone."""
-        for stop in self._running.values():
-            stop.set()
+        """Lets go of all groups. Their processes belong to the connection to Ray, and end with it at the latest."""
+        for group in self._running.values():
+            group.stop.set()
+        for group in self._running.values():
+            group.thread.join(_STOP_S)
         self._running.clear()
 
     def _train(self, unit: Unit, stop: GroupStop) -> None:
         (trial,) = unit.trials
         began = time.monotonic()
+        folder = self._folder / trial.name
         try:
+            _make_own(folder, trial)
             outcome = train_in_group(
                 trial.config,
-                self._folder / trial.name,
+                folder,
                 poll=stop.check,
                 verbose=self._verbose,
                 tap=None if unit.tap is None else (self._settings.store, unit.tap),
@@ -86,8 +103,24 @@ class GroupPool:
         except Exception as error:  # a fault of one trial is not one of the sweep
             self._events.put(UnitLost(unit, reason(error)))
             return
-        Ledger(self._folder).write(result)
+        self._end(unit, result)
+
+    def _end(self, unit: Unit, result: TrialResult) -> None:
+        try:
+            Ledger(self._folder).write(result)
+        except StorageFullError as error:
+            self._events.put(error)
+            return
+        (self._folder / unit.trials[0].name / CHECKPOINTS).remove_all()
         self._events.put(UnitEnd(unit, (result,)))
+
+
+def _make_own(folder: Folder, trial: Trial) -> None:
+    """Removes what is another trial's: after an interrupt, a search that learns may give the same number again."""
+    params = json.dumps(trial.params).encode()
+    if not folder.exists(PARAMS) or folder.read(PARAMS) != params:
+        folder.remove_all()
+        folder.write(PARAMS, params)
 
 
 def _result(trial: Trial, outcome: "Outcome", seconds: float) -> TrialResult:
