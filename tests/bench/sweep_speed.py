@@ -33,12 +33,13 @@ from tests.bench.sweep_peer import problem_of, tune_sweep
 from graftstack.cluster.pool import RayPool
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.config.compose import compose_job
+from graftstack.finetune.task import prepare
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run
 from graftstack.sweep.trials import Trial, Unit, UnitEnd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HEAD_LRS = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+HEAD_LRS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 DEPTH_LRS = [1e-4, 1e-3, 1e-2]
 # The product's groups are stem, layer1 .. layer4, pool; the peer's end with layer4.
 PEER_DEPTHS = {"all": 5, 4: 4, 3: 3}
@@ -57,9 +58,33 @@ def images_file(folder: Path, num_images: int) -> Path:
     return path
 
 
+@torch.no_grad()
+def weights_file(folder: Path, images: Path, size: int) -> Path:
+    """Writes ResNet-18 with random weights and the BatchNorm statistics of the images, which keep its features sane."""
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    path = folder / "resnet18.safetensors"
+    if path.exists():
+        return path
+    torch.manual_seed(0)
+    model = resnet18(weights=None).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # a plain mean over all batches
+    config = ["data=parquet", f"data.path={images}", "data.image=image", f"data.image_size={size}"]
+    task = prepare(compose_job("finetune", [*config, f"data.cache_dir={folder}/weights-cache", "backbone=resnet18"]))
+    for at in range(0, min(len(task.data), 512), 64):
+        model(task.images.prepared(task.images.plain(np.arange(at, min(at + 64, len(task.data)))), torch.device("cpu")))
+    save_file(model.state_dict(), path)
+    return path
+
+
 def common(options: argparse.Namespace, images: Path, epochs: int) -> list[str]:
     """Returns what both sides of a comparison have in common."""
+    weights = weights_file(images.parent, images, options.size)
     return [
+        f"backbone.weights={weights}",
         *("data=parquet", f"data.path={images}", "data.image=image", f"data.image_size={options.size}"),
         *(
             "backbone=resnet18",

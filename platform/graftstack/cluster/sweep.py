@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import Checked, check, heartbeat, open_run
-from graftstack.cluster.workplace import Workplace, workplace
+from graftstack.cluster.workplace import Workplace, start_s, workplace
 from graftstack.config.schema import ClusterKind
-from graftstack.config.space import trial_config
+from graftstack.config.space import Choice, parse_space, trial_config
 from graftstack.config.sweep import Prune, SchedulerName, SearchName, SweepConfig
 from graftstack.errors import StorageFullError
 from graftstack.machine import usable_cpus
@@ -150,6 +150,7 @@ class _Sweep:
         torch.set_num_threads(self._config.cluster.cpus_per_worker or usable_cpus())
         left = [trial for trial in self._trials if trial.index not in self._finished]
         plan = self._planner.plan(left or self._trials[:1])
+        plan = replace(plan, start_s=start_s(self._config, plan))
         self._display.planned(plan)
         return plan
 
@@ -307,8 +308,17 @@ def _known_trials(config: SweepConfig) -> list[Trial]:
         from graftstack.cluster.tune import OptunaSearch
 
         OptunaSearch(config)  # complains at once if optuna is missing
-        config = replace(config, search=SearchName.random)
+        return _one_of_each_depth(config, list_trials(replace(config, search=SearchName.random)))
     return list_trials(config)
+
+
+def _one_of_each_depth(config: SweepConfig, trials: list[Trial]) -> list[Trial]:
+    """Gives the freeze depths in the space to random trials in turn: what isn't planned for would share nothing."""
+    depths = parse_space(config.space).get("freeze_depth")
+    if not isinstance(depths, Choice):
+        return trials
+    params = [{**trial.params, "freeze_depth": depths.values[trial.index % len(depths.values)]} for trial in trials]
+    return [Trial(index, values, trial_config(config, values)) for index, values in enumerate(params)]
 
 
 def _scheduler(config: SweepConfig) -> Scheduler:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from graftstack.sweep.runner import RunnerSettings
 
 # What Ray and processes of their own cost before they are of use: shorter sweeps run in this one.
-_PROCESSES_START_S = 15.0
+_PROCESSES_START_S = 12.0
+# What the group of workers of each trial costs before it trains.
+_GROUP_START_S = 20.0
 # What several processes of few threads do more than one of many threads, at least.
 _PROCESSES_GAIN = 0.15
 
@@ -51,15 +53,22 @@ def workplace(
     with ExitStack() as stack:
         if config.cluster.max_workers > 1:
             yield _groups(config, settings, workbench, stack, verbose=verbose)
-        elif config.cluster.kind is ClusterKind.ray or _is_worth_processes(config, plan):
+        elif _uses_processes(config, plan):
             yield _processes(config, plan, settings, stack, verbose=verbose)
         else:
             yield _here(settings, workbench)
 
 
-def _is_worth_processes(config: SweepConfig, plan: "SweepPlan") -> bool:
-    if config.cluster.kind is ClusterKind.inline:
-        return False
+def start_s(config: SweepConfig, plan: "SweepPlan") -> float:
+    """Returns about how many seconds the processes of a planned sweep take to start."""
+    if config.cluster.max_workers > 1:
+        return _GROUP_START_S * plan.num_trials
+    return _PROCESSES_START_S if _uses_processes(config, plan) else 0.0
+
+
+def _uses_processes(config: SweepConfig, plan: "SweepPlan") -> bool:
+    if config.cluster.kind is not ClusterKind.local:
+        return config.cluster.kind is ClusterKind.ray
     slots = _local_slots(config, plan)
     if slots.num < 2:
         return False

@@ -103,7 +103,7 @@ class SweepConfig(FinetuneConfig):
     time_limit_s: float | None = None
     """After so many seconds no trial starts, and those that train end with their current epoch."""
     max_concurrent_trials: int | None = None
-    """How many trials train at a time; default: as many as the cluster has room for."""
+    """How many trials train at a time, each in a process if more than one; default: as many as there is room for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

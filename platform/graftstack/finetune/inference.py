@@ -9,8 +9,8 @@ from graftstack.finetune.inputs import Inputs
 from graftstack.finetune.model import GraftedModel
 from graftstack.runtime import Worker
 
-# Without gradients there is room for larger batches than in training: so many images, or fewer where they are large.
-_BATCH_SIZE, _BATCH_PIXELS = 256, 256 * 64 * 64
+# So many images, or fewer where they are large. On a CPU more at once are slower: they leave its caches between layers.
+_BATCH_SIZE, _BATCH_PIXELS = 128, 256 * 64 * 64
 
 
 def inference_batch_size(image_size: int) -> int:

@@ -56,6 +56,8 @@ def _sums(plan: "SweepPlan") -> Table:
     found.add_row("images", str(plan.num_images))
     found.add_row("taps to write", size(plan.tap_bytes))
     found.add_row("one pass for them", f"{plan.pass_s:.1f} s")
+    if plan.start_s:
+        found.add_row("starting processes", f"{plan.start_s:.1f} s")
     found.add_row("predicted", f"{plan.predicted_s:.1f} s")
     found.add_row("without sharing", f"{plan.uncached_s:.1f} s")
     return found

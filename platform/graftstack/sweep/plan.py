@@ -70,11 +70,13 @@ class SweepPlan:
     """The whole sweep without any sharing, one trial after another."""
     rates: dict[str, float]
     """What was measured: decode_s, read_s_per_byte, write_s_per_byte."""
+    start_s: float = 0.0
+    """Starting processes, where trials run in some of their own."""
 
     @property
     def predicted_s(self) -> float:
         """Seconds of the whole sweep on as many CPUs and GPUs as this process has."""
-        return self.pass_s + self.trials_s
+        return self.start_s + self.pass_s + self.trials_s
 
 
 class Pass(NamedTuple):
