@@ -153,11 +153,9 @@ def _with_trials(run: Any) -> Any:
     """Returns the manifest of a run; that of a sweep which isn't done gets the trials that are over."""
     if run.manifest.job != "sweep" or "trials" in run.manifest.results:
         return run.manifest
-    from graftstack.sweep.ledger import Ledger
+    from graftstack.sweep.ledger import Ledger, trial_rows
 
-    rows = Ledger(run.folder / "trials").read().values()
-    common = ("status", "metrics", "seconds", "epochs", "error")
-    trials = [{"trial": row.index, **row.params, **{key: getattr(row, key) for key in common}} for row in rows]
+    trials = trial_rows(Ledger(run.folder / "trials").read().values())
     return replace(run.manifest, results={**run.manifest.results, "trials": trials})
 
 

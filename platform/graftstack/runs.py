@@ -36,6 +36,9 @@ _FREE_KEYS = (
     *("reuse", "taps.location", "taps.budget_bytes", "max_concurrent_trials", "time_limit_s"),
 )
 
+# Keys that users make up: here one that is missing means something.
+_OWN_KEYS = ("space.",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -225,6 +228,14 @@ def _check_same(old: Manifest, new: Manifest) -> None:
             raise RunError(
                 f"{key}={after[key]}: run {new.name} was started with {before[key]}; leave the key out to "
                 "continue it, or choose another name"
+            )
+    for key in sorted(before.keys() ^ after.keys()):
+        if key.startswith(_OWN_KEYS):
+            started = "without" if key in after else "with"
+            remedy = "leave it out" if key in after else "give it"
+            raise RunError(
+                f"{key}={(before | after)[key]}: run {new.name} was started {started} it; {remedy} to continue the "
+                "run, or choose another name"
             )
 
 

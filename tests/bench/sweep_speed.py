@@ -30,10 +30,12 @@ import pyarrow.parquet as pq
 import torch
 from tests.bench.sweep_peer import problem_of, tune_sweep
 
+from graftstack.cluster.finetune import launch
 from graftstack.cluster.pool import RayPool
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.config.compose import compose_job
-from graftstack.finetune.task import prepare
+from graftstack.report.console import plain_console
+from graftstack.report.progress import job_display
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run
 from graftstack.sweep.trials import Trial, Unit, UnitEnd
@@ -45,44 +47,34 @@ DEPTH_LRS = [1e-4, 1e-3, 1e-2]
 PEER_DEPTHS = {"all": 5, 4: 4, 3: 3}
 
 
-def images_file(folder: Path, num_images: int) -> Path:
-    """Writes `num_images` real images, equally many of each of the 20 classes."""
+def images_file(folder: Path, num_images: int, *, classes: Sequence[int] = range(10, 20)) -> Path:
+    """Writes `num_images` real images, equally many of each of ten of CIFAR-100's classes."""
     source = Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     table = pq.read_table(source / "cifar100_20classes.parquet")
-    labels = np.array(table["label"].to_pylist())
-    chosen = np.concatenate(
-        [np.flatnonzero(labels == label)[: num_images // len(np.unique(labels))] for label in np.unique(labels)]
-    )
-    path = folder / f"images-{num_images}.parquet"
+    labels = np.unique(table["label"].to_pylist(), return_inverse=True)[1]
+    chosen = np.concatenate([np.flatnonzero(labels == label)[: num_images // len(classes)] for label in classes])
+    path = folder / f"images-{num_images}-{classes[0]}.parquet"
     pq.write_table(table.select(["image", "label"]).take(pa.array(np.sort(chosen))), path)
     return path
 
 
-@torch.no_grad()
-def weights_file(folder: Path, images: Path, size: int) -> Path:
-    """Writes ResNet-18 with random weights and the BatchNorm statistics of the images, which keep its features sane."""
-    from safetensors.torch import save_file
-    from torchvision.models import resnet18
-
-    path = folder / "resnet18.safetensors"
-    if path.exists():
-        return path
-    torch.manual_seed(0)
-    model = resnet18(weights=None).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # a plain mean over all batches
-    config = ["data=parquet", f"data.path={images}", "data.image=image", f"data.image_size={size}"]
-    task = prepare(compose_job("finetune", [*config, f"data.cache_dir={folder}/weights-cache", "backbone=resnet18"]))
-    for at in range(0, min(len(task.data), 512), 64):
-        model(task.images.prepared(task.images.plain(np.arange(at, min(at + 64, len(task.data)))), torch.device("cpu")))
-    save_file(model.state_dict(), path)
-    return path
+def weights_file(folder: Path, size: int) -> Path:
+    """Returns the weights of a ResNet-18 that was trained for a while on ten classes; the sweeps use ten others."""
+    run = folder / "base"
+    if not run.exists():
+        overrides = [
+            *("data=parquet", f"data.path={images_file(folder, 1500, classes=range(10))}", "data.image=image"),
+            *(f"data.image_size={size}", f"data.cache_dir={folder}/base-cache", "backbone=resnet18", "epochs=6"),
+            *("name=base", f"runs_dir={folder}", "cluster=inline"),
+        ]
+        with job_display(plain_console(stderr=True, quiet=True)) as display:
+            launch("pretrain", compose_job("pretrain", overrides), overrides=overrides, display=display)
+    return run / "model" / "model.safetensors"
 
 
 def common(options: argparse.Namespace, images: Path, epochs: int) -> list[str]:
     """Returns what both sides of a comparison have in common."""
-    weights = weights_file(images.parent, images, options.size)
+    weights = weights_file(images.parent, options.size)
     return [
         f"backbone.weights={weights}",
         *("data=parquet", f"data.path={images}", "data.image=image", f"data.image_size={options.size}"),
@@ -98,8 +90,6 @@ def common(options: argparse.Namespace, images: Path, epochs: int) -> list[str]:
 
 def sweep(overrides: Sequence[str], folder: Path, *, verbose: bool = False) -> Run:
     """Runs one sweep of the product, from nothing: no decoded images, no taps."""
-    from graftstack.report.console import plain_console
-
     cache = tempfile.mkdtemp(dir=folder)
     everything = [*overrides, f"runs_dir={cache}/runs", f"data.cache_dir={cache}/cache", "name=sweep"]
     with sweep_display(plain_console(stderr=True, quiet=not verbose)) as display:
@@ -172,7 +162,7 @@ def depth(options: argparse.Namespace, folder: Path) -> None:
     """Freeze depth x learning rate: what FLOPs allow, and what is reached."""
     images = images_file(folder, options.depth_images)
     epochs, depths = options.depth_epochs, ["all", 4, 3]
-    base = common(options, images, epochs)
+    base = [*common(options, images, epochs), "data.val_fraction=0.5"]
     space = [f"space.freeze_depth={as_list(depths)}", f"space.lr={as_list(DEPTH_LRS)}"]
     table = Table(
         f"depth x lr: {as_list(depths)} x {len(DEPTH_LRS)} learning rates x {epochs} epochs, {options.depth_images} "
@@ -180,7 +170,7 @@ def depth(options: argparse.Namespace, folder: Path) -> None:
     )
     auto_s, auto = timed(lambda: sweep([*base, *space], folder))
     table.row("graftstack, reuse=auto, seconds", f"{auto_s:.1f}")
-    asha_s, asha = timed(lambda: sweep([*base, *space, "scheduler=asha", "asha.reduction_factor=3"], folder))
+    asha_s, asha = timed(lambda: sweep([*base, *space, "scheduler=asha", f"asha.grace_epochs={epochs // 9}"], folder))
     table.row("graftstack, reuse=auto scheduler=asha, seconds", f"{asha_s:.1f}")
     off_s, off = timed(lambda: sweep([*base, *space, "reuse=off"], folder))
     table.row("graftstack, reuse=off, seconds", f"{off_s:.1f}")
@@ -381,8 +371,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1, help="of the peer's head-only sweep, minutes each")
     parser.add_argument("--our-rounds", type=int, default=3)
-    parser.add_argument("--depth-images", type=int, default=500)
-    parser.add_argument("--depth-epochs", type=int, default=9)
+    parser.add_argument("--depth-images", type=int, default=1000)
+    parser.add_argument("--depth-epochs", type=int, default=27)
     parser.add_argument("--memory-images", type=int, nargs=2, default=[1400, 5600])
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()

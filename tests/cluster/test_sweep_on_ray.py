@@ -14,11 +14,16 @@ import psutil
 import pytest
 
 from graftstack.cluster.sweep import launch_sweep
+from graftstack.cluster.train import train_in_group
 from graftstack.config.compose import compose_job
 from graftstack.finetune.predict import data_of_run, evaluate
+from graftstack.finetune.tapping import tap_spec
+from graftstack.finetune.task import prepare
 from graftstack.runs import Run, find_run
+from graftstack.storage import Folder
 from graftstack.sweep.drive import Progress
 from graftstack.sweep.trials import EpochEnd
+from graftstack.taps.store import TapStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -182,6 +187,18 @@ def test_trials_of_two_workers_each_take_turns_and_end_as_those_of_one(unbroken:
     found = evaluate(two, data_of_run(two), part="val", progress=lambda done, total: None)
     assert found["accuracy"] == pytest.approx(two.manifest.metrics["accuracy"])
     assert_cluster_is_clean()
+
+
+@pytest.mark.usefixtures("embedded_ray")
+def test_a_group_that_doesnt_reach_its_tap_begins_with_the_images(tmp_path: Path) -> None:
+    of_two = ("cluster=local", "cluster.num_workers=2", "freeze_depth=all", "optimizer.head_lr_multiplier=1")
+    config = compose_job("finetune", [*SMALL, *of_two, "epochs=1", f"data.cache_dir={tmp_path}/cache"])
+    task = prepare(config)
+    elsewhere = TapStore(f"{tmp_path}/elsewhere", budget_bytes=2**30)
+    tap = (elsewhere, tap_spec(task, task.boundary, dtype="fp32"))
+    outcome = train_in_group(config, Folder(tmp_path / "run"), poll=lambda: None, verbose=False, tap=tap)
+    assert outcome.history
+    assert outcome.backbone_forwards == task.steps_per_epoch * config.batch_size + len(task.data.splits.val)
 
 
 def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(unbroken: Run, tmp_path: Path) -> None:

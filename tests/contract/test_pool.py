@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from graftstack.cluster.group_pool import GroupPool
 from graftstack.cluster.pool import RayPool
 from graftstack.config.schema import FinetuneConfig
+from graftstack.config.sweep import TapsConfig
 from graftstack.errors import ConfigError, StorageFullError, TrainingError
 from graftstack.storage import Folder
 from graftstack.sweep.drive import KeepAll, Progress, drive
 from graftstack.sweep.inline_pool import InlinePool
 from graftstack.sweep.ledger import Ledger
+from graftstack.sweep.runner import RunnerSettings
 from graftstack.sweep.trials import EpochEnd, Event, Pool, Trial, TrialResult, Unit, UnitEnd, UnitLost
 
 NUM_SLOTS = 2
@@ -238,6 +241,20 @@ def test_a_closed_pool_can_be_closed_again(tmp_path: Path) -> None:
     assert pool.wait(0) == []
 
 
+def test_a_group_whose_row_cant_be_written_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "trials").write_text("a file in the way")
+    settings = RunnerSettings(
+        trials_folder=f"{tmp_path}/trials", taps=TapsConfig(), cache_dir=str(tmp_path), is_on_gpu=False
+    )
+    pool = GroupPool(settings, num_slots=1, verbose=False)
+    pool.start(unit(0))
+    (lost,) = wait_for(pool)
+    assert isinstance(lost, UnitLost)
+    assert lost.unit == unit(0)
+    assert f"{tmp_path}/trials" in lost.reason
+    assert pool.num_free == 1
+
+
 @pytest.mark.ray
 def test_processes_start_by_themselves(ray_pool: RayPool) -> None:
     deadline = time.monotonic() + PATIENCE_S
@@ -294,6 +311,7 @@ def drive_all(pool: Pool, rows: Path, tell: Callable[[Progress], None], *trials:
         KeepAll(),
         Ledger(Folder(rows)),
         make_units=lambda given: [Unit((trial,), None) for trial in given],
+        trial_of=lambda row: Trial(row.index, row.params, FinetuneConfig()),
         finished={},
         time_limit_s=None,
         max_losses=1,
@@ -319,6 +337,18 @@ def test_calls_are_spread_over_all_slots_and_answered_in_order(ray_pool: RayPool
     assert told == sorted(told)
     assert told[-1] == 12
     assert ray_pool.call("divided", []) == []
+
+
+@pytest.mark.ray
+def test_a_call_that_raises_ends_the_others_and_frees_their_slots(ray_pool: RayPool) -> None:
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        ray_pool.call("divided", [[1, 1, 10 * PATIENCE_S], [1, 0, 1.0]])
+    assert [value for value, _ in ray_pool.call("divided", [[4, 2], [6, 2], [8, 2]])] == [2, 3, 4]
+    for index in range(NUM_SLOTS):
+        ray_pool.start(unit(index))
+    assert len(finish(ray_pool, NUM_SLOTS)) == NUM_SLOTS
+    assert time.monotonic() - began < PATIENCE_S
 
 
 @pytest.mark.ray

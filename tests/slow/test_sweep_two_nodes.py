@@ -138,6 +138,16 @@ def test_a_sweep_on_two_nodes_is_the_one_in_one_process(two_nodes: Cluster, runs
         time.sleep(1)
 
 
+def test_nodes_that_share_no_taps_each_make_what_they_lack(two_nodes: Cluster, runs_dir: Path) -> None:
+    words = command(runs_dir, "cluster=ray", f"cluster.address={two_nodes.address}", "name=apart")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    apart, unbroken = (find_run(name, str(runs_dir)).manifest.results for name in ("apart", "unbroken"))
+    assert [row["metrics"] for row in apart["trials"]] == [row["metrics"] for row in unbroken["trials"]]
+    # The process that leads makes all of them, for the node it is on.
+    assert 1 <= apart["reuse"]["backbone_forwards"] / apart["reuse"]["unique_samples"] <= 3
+
+
 def test_trials_that_fit_on_no_node_are_refused_before_anything_starts(two_nodes: Cluster, runs_dir: Path) -> None:
     wide = ("cluster=ray", f"cluster.address={two_nodes.address}", "name=wide", "cluster.cpus_per_worker=2")
     refused = subprocess.run(command(runs_dir, *wide), capture_output=True, text=True, timeout=120, check=False)

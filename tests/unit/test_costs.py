@@ -208,5 +208,13 @@ def test_a_tap_that_another_one_displaces_is_told_which() -> None:
     )
 
 
+def test_a_pass_that_begins_with_a_tap_reads_it_and_spares_the_images_and_what_lies_below() -> None:
+    rates = Rates(decode_s=1.0, read_s_per_byte=0.01, write_s_per_byte=0.1)
+    shallow, deep = boundary(1, 2.0, 10, is_stored=True), boundary(3, 5.0, 20)
+    assert making_s([deep], rates, num_items=7) == pytest.approx(7 * (1.0 + 5.0 + 2.0))
+    assert making_s([deep], rates, num_items=7, start=shallow) == pytest.approx(7 * (0.1 + 3.0 + 2.0))
+    assert making_s([], rates, num_items=7, start=shallow) == 0.0
+
+
 def test_making_nothing_costs_nothing() -> None:
     assert making_s([], RATES, num_items=1000) == 0.0

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,12 @@ class KeepBest:
     def __init__(self) -> None:
         self.shown: list[dict[int, float]] = []
 
-    def keep(self, rows: Mapping[int, Row]) -> list[int]:
+    def keep(self, rows: Mapping[int, Row], *, is_fused: bool) -> list[int]:
         self.shown.append({index: row["epoch"] for index, row in rows.items()})
         return [max(rows, key=lambda index: rows[index]["accuracy"])]
+
+    def promote(self, stopped: Collection[int], *, is_last_chance: bool) -> int | None:
+        return None
 
 
 class Sweep:
@@ -137,6 +140,7 @@ class Sweep:
         self.scheduler = changes.pop("scheduler", KeepAll())
         self.heard: list[Progress] = []
         self.settings = {"finished": {}, "time_limit_s": None, "max_losses": 1, "make_units": one_each, **changes}
+        self.settings["trial_of"] = lambda row: Trial(row.index, row.params, FinetuneConfig())
 
     def run(self) -> list[TrialResult]:
         pool = InlinePool(self.runner)

@@ -147,6 +147,24 @@ def test_a_key_that_the_run_doesnt_know_says_nothing(tmp_path: Path) -> None:
     assert start(tmp_path, manifest(config=CONFIG | {"batch_size": 64}), resume=True).manifest.status == "running"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "how"),
+    [
+        ({}, {"weight_decay": [0, 0.1]}, "without it; leave it out to continue the run"),
+        ({"weight_decay": [0, 0.1]}, {}, "with it; give it to continue the run"),
+    ],
+)
+def test_in_another_space_the_same_number_is_another_trial(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], how: str
+) -> None:
+    started, resumed = (manifest(config=CONFIG | {"space": {"lr": [1]} | varied}) for varied in (before, after))
+    start(tmp_path, started).update(status="interrupted")
+    assert refusal(tmp_path, resumed, resume=True) == (
+        f"space.weight_decay=[0, 0.1]: run a was started {how}, or choose another name"
+    )
+    assert start(tmp_path, started, resume=True).manifest.status == "running"
+
+
 def test_a_resumption_may_run_elsewhere(tmp_path: Path) -> None:
     finished(tmp_path)
     elsewhere = {

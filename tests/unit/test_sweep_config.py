@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from graftstack.cluster.launching import check, saved_overrides
 from graftstack.config.compose import compose_job
+from graftstack.config.docs import key_docs
 from graftstack.config.paths import conf_dir
 from graftstack.config.plain import key_types, to_plain, to_yaml
 from graftstack.config.schema import (
     Augment,
     BackboneConfig,
+    ClusterConfig,
     FinetuneConfig,
     OptimizerConfig,
     OptimizerName,
@@ -33,6 +36,7 @@ from graftstack.config.sweep import (
 )
 from graftstack.errors import ConfigError
 from graftstack.report.explain import job_help
+from graftstack.runs import Run
 
 LR = {"lr": [1e-3]}
 
@@ -102,6 +106,46 @@ def test_the_last_of_a_repeated_domain_wins() -> None:
     assert compose("space.lr=[1]", "space={epochs:[1,2]}", "space.lr=[2]").space == {"epochs": [1, 2], "lr": [2]}
 
 
+def test_a_domain_that_is_given_again_keeps_its_place() -> None:
+    again = compose("space.lr=[1]", "space.epochs=[1,2]", "space.lr=[2]", "space.seed=[0]")
+    assert list(again.space.items()) == [("lr", [2]), ("epochs", [1, 2]), ("seed", [0])]
+
+
+def test_a_sweep_is_resumed_from_another_folder_with_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "it's a.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    overrides = [
+        *(f"runs_dir={tmp_path}/runs", "name=a", "data=csv", "data.image=x", "data.path=a.csv", "taps.location=taps"),
+        *('space.weights=["it\'s a.pth",run:base,DEFAULT]', "space.data.path=[a.csv,s3://b/b.csv]", "space.lr=[1,2]"),
+    ]
+    checked = check("sweep", compose(*overrides), overrides)
+    assert checked.config.taps.location == f"{tmp_path}/taps"
+    assert checked.config.space == {
+        "weights": [f"{tmp_path}/it's a.pth", "run:base", "DEFAULT"],
+        "data.path": [f"{tmp_path}/a.csv", "s3://b/b.csv"],
+        "lr": [1, 2],
+    }
+    run = Run.start(f"{tmp_path}/runs", checked.manifest, resume=False)
+    run.update(status="interrupted")
+    monkeypatch.chdir("/")
+    resume = [f"runs_dir={tmp_path}/runs", "name=a", "resume=true"]
+    overrides = [*saved_overrides(resume), *resume]
+    resumed = check("sweep", compose(*overrides), overrides).config
+    assert (resumed.space, resumed.taps) == (checked.config.space, checked.config.taps)
+    assert list(resumed.space) == list(checked.config.space)
+
+
+def test_a_single_path_in_a_nested_space_is_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nested = SweepConfig(space={"data": {"path": "photos", "source": ["image_folder"]}})
+    assert check("sweep", nested, []).config.space == {
+        "data.path": [f"{tmp_path}/photos"],
+        "data.source": ["image_folder"],
+    }
+
+
 def test_a_space_in_yaml_may_be_nested_and_gives_way_to_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,13 +165,13 @@ def test_a_space_in_yaml_may_be_nested_and_gives_way_to_the_command_line(
 
 def test_every_key_of_a_sweep_composes_to_its_type() -> None:
     config = compose(
-        *("space.lr=[1e-3]", "search=optuna", "num_samples=7", "scheduler=asha", "asha.grace_epochs=2"),
+        *("space.lr=[1e-3]", "search=random", "num_samples=7", "scheduler=asha", "asha.grace_epochs=2"),
         *("asha.reduction_factor=4", "reuse=off", "taps.location=s3://a/b", "taps.budget_bytes=0", "taps.dtype=bf16"),
         *("prune=probe", "prune_margin=0.2", "time_limit_s=60", "max_concurrent_trials=3", "freeze_depth=all"),
     )
     assert config == SweepConfig(
         space=LR,
-        search=SearchName.optuna,
+        search=SearchName.random,
         num_samples=7,
         scheduler=SchedulerName.asha,
         asha=AshaConfig(grace_epochs=2, reduction_factor=4.0),
@@ -260,6 +304,18 @@ def test_a_value_is_tried_beside_those_it_will_train_with() -> None:
             {"scheduler": SchedulerName.asha, "asha": AshaConfig(grace_epochs=5), "epochs": 3},
             "asha.grace_epochs=5: trials end after epochs=3, before any could be stopped; lower it, or raise epochs",
         ),
+        (
+            {"search": SearchName.optuna, "prune": Prune.probe},
+            "prune=probe: search=optuna chooses its trials as it goes, so none can be left out beforehand; use prune=n",
+        ),
+        (
+            {"scheduler": SchedulerName.asha, "cluster": ClusterConfig(num_workers=2)},
+            "scheduler=asha: a trial of cluster.num_workers=2 trains to its end; use scheduler=none, or cluster.num_w",
+        ),
+        (
+            {"time_limit_s": 60.0, "cluster": ClusterConfig(num_workers=[1, 2])},
+            "time_limit_s=60.0: a trial of cluster.num_workers=[1, 2] trains to its end; leave it out, or use cluster",
+        ),
         ({"scheduler": SchedulerName.asha, "epochs": 0}, "asha.grace_epochs=1: trials end after epochs=0"),
     ],
 )
@@ -295,7 +351,7 @@ def test_a_trial_is_a_plain_fine_tuning_with_the_values_of_its_keys() -> None:
 
 def test_without_values_a_trial_is_the_sweep_itself() -> None:
     sweep = SweepConfig(space=LR, seed=4, name="a", epochs=2)
-    assert trial_config(sweep, {}) == FinetuneConfig(seed=4, name="a", epochs=2)
+    assert trial_config(sweep, {}) == FinetuneConfig(seed=4, name="a", epochs=2, checkpoint=sweep.checkpoint)
 
 
 def test_values_that_dont_go_together_are_named_with_the_trial() -> None:
@@ -354,6 +410,14 @@ def test_help_teaches_how_a_space_is_written() -> None:
     for example in ("space.lr=[1e-4,1e-3,1e-2]", "space.freeze_depth=[0,2,all]", "'space.lr=loguniform(1e-5,1e-2)'"):
         assert f"\n  {example}  " in text
     assert "space.KEY" not in job_help("finetune")
+
+
+def test_help_shows_the_defaults_that_a_sweep_has_and_a_fine_tuning_hasnt() -> None:
+    defaults = [
+        {doc.key: doc.default for doc in key_docs(config)}["checkpoint.min_interval_s"]
+        for config in (FinetuneConfig, SweepConfig)
+    ]
+    assert defaults == ["0.0", "30.0"]
 
 
 def test_checking_a_sweep_loads_nothing_heavy() -> None:

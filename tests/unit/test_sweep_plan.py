@@ -1,5 +1,6 @@
 """What a sweep shares and what it computes anew, why, and which trials train together."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,15 @@ from safetensors.torch import save_file
 from graftstack.backbones.registry import build
 from graftstack.cluster.sweep import plan_sweep
 from graftstack.config.compose import compose_job
-from graftstack.errors import ConfigError
-from graftstack.finetune.tapping import make_shards
+from graftstack.config.sweep import SearchName
+from graftstack.errors import ConfigError, StorageFullError
+from graftstack.finetune.tapping import PassResult, make_shards
 from graftstack.finetune.task import Workbench
-from graftstack.sweep.plan import DepthPlan, Planner, SweepPlan
+from graftstack.report.sweep_tables import plan_tables
+from graftstack.sweep.passes import NoRoomError, ShardCall, make_pass
+from graftstack.sweep.plan import DepthPlan, Pass, SweepPlan
+from graftstack.sweep.planner import Planner
+from graftstack.sweep.probe import ProbeScore
 from graftstack.sweep.search import list_trials
 from graftstack.sweep.trials import Unit
 from graftstack.taps.store import TapStore
@@ -68,7 +74,10 @@ class Planned:
 
     def __init__(self, store: TapStore, workbench: Workbench, *overrides: str) -> None:
         self.config = compose_job("sweep", [*SMALL, *overrides])
-        self.trials = list_trials(self.config)
+        self.workbench = workbench
+        self.trials = list_trials(
+            replace(self.config, search=SearchName.random) if self.config.search is SearchName.optuna else self.config
+        )
         self.planner = Planner(self.config, store, workbench=workbench, device=CPU)
         self.plan = self.planner.plan(self.trials)
 
@@ -131,7 +140,7 @@ def test_a_tap_that_is_there_is_read_and_not_made_again(store: TapStore, workben
     second = Planned(store, workbench, *space)
     assert second.actions == {2: "stored", 5: "tap"}
     (wanted,) = second.planner.passes()
-    assert list(wanted.specs) == [5]
+    assert wanted.start == spec
     (read,) = second.planner.tapped()
     assert list(read.specs) == [2, 5]
     assert second.plan.tap_bytes == 4 * NUM_ITEMS * NUM_VALUES[5]
@@ -210,7 +219,7 @@ def test_what_is_given_up_is_recomputed_and_no_longer_made(store: TapStore, work
 def test_trials_of_several_backbones_have_taps_of_their_own(store: TapStore, workbench: Workbench) -> None:
     space = ("space.backbone=[conv4,cifar_resnet20]", "space.freeze_depth=[all]", "space.lr=[1e-3,1e-2]", "epochs=20")
     planned = Planned(store, workbench, *space)
-    assert [depth.family for depth in planned.plan.depths] == ["conv4", "cifar_resnet20"]
+    assert [depth.trunk for depth in planned.plan.depths] == ["conv4", "cifar_resnet20"]
     assert [list(wanted.specs) for wanted in planned.planner.passes()] == [[5], [5]]
     assert planned.together == [[0, 1], [2, 3]]
     assert planned.plan.num_images == 2 * NUM_ITEMS
@@ -223,12 +232,155 @@ def test_seeds_share_taps_where_neither_rows_nor_weights_depend_on_them(
     space = ("space.seed=[1,2]", "space.freeze_depth=[all]", f"backbone.weights={weights}")
     apart = Planned(store, workbench, *space)
     assert len(apart.planner.passes()) == 2
-    assert [depth.family for depth in apart.plan.depths] == ["conv4 seed=1", "conv4 seed=2"]
+    assert [depth.trunk for depth in apart.plan.depths] == ["conv4 seed=1", "conv4 seed=2"]
     assert apart.together == [[0], [1]]
     shared = Planned(store, workbench, *space, "data.num_train_per_class=null", "epochs=10")
     assert len(shared.planner.passes()) == 1
     assert shared.together == [[0, 1]]
     assert shared.plan.num_images == 1797
+
+
+def test_labels_are_distinct_whatever_of_the_space_tells_taps_apart(
+    store: TapStore, workbench: Workbench, weights: str
+) -> None:
+    own = (f"backbone.weights={weights}", "data.num_train_per_class=null", "epochs=0", "freeze_depth=2")
+
+    def labels(*space: str) -> list[str]:
+        return [depth.trunk for depth in Planned(store, workbench, *own, *space).plan.depths]
+
+    assert labels("space.precision=[fp32,bf16]") == ["conv4 precision=fp32", "conv4 precision=bf16"]
+    assert labels("space.seed=[1,2]") == ["conv4"], "taps don't depend on it"
+    views = ("augment=standard", "space.augment_views=[1,2]", "space.seed=[1,2]")
+    assert labels(*views) == [f"conv4 augment_views={num} seed={seed}" for num in (1, 2) for seed in (1, 2)]
+
+
+def test_a_tap_that_two_trunks_read_is_made_and_paid_for_once(
+    store: TapStore, workbench: Workbench, weights: str
+) -> None:
+    folds = ("space.data.val_fraction=[0.1,0.2]", f"backbone.weights={weights}", "data.num_train_per_class=null")
+    planned = Planned(store, workbench, *folds, "freeze_depth=2", f"taps.budget_bytes={4 * 1797 * NUM_VALUES[2]}")
+    assert [depth.action for depth in planned.plan.depths] == ["tap", "stored"]
+    assert planned.plan.tap_bytes == 4 * 1797 * NUM_VALUES[2]
+    (wanted,) = planned.planner.passes()
+    planned.planner.give_up(wanted.specs.values(), "no room")
+    assert planned.planner.tapped() == []
+
+
+def test_taps_that_an_earlier_backbone_reads_leave_less_of_the_budget(store: TapStore, workbench: Workbench) -> None:
+    one = 4 * NUM_ITEMS * NUM_VALUES[2]
+    make_all(Planned(store, workbench, "space.seed=[0]", "freeze_depth=2"), store)
+    space = ("space.seed=[0,1]", "freeze_depth=2", f"taps.budget_bytes={2 * one - 1}")
+    plan = Planned(store, workbench, *space).plan
+    assert [depth.action for depth in plan.depths] == ["stored", "recompute"]
+
+
+# Making them
+
+
+def maker(
+    workbench: Workbench, store: TapStore, calls: list[ShardCall]
+) -> Callable[[Sequence[ShardCall]], list[PassResult]]:
+    """Returns what makes shards here, and remembers what it was asked for."""
+
+    def make(asked: Sequence[ShardCall]) -> list[PassResult]:
+        calls.extend(asked)
+        return [
+            make_shards(workbench.task(call.trial.config), store, call.specs, call.shards, device=CPU, start=call.start)
+            for call in asked
+        ]
+
+    return make
+
+
+def make_all(planned: Planned, store: TapStore) -> int:
+    """Makes the taps of a plan; returns the forwards that it took."""
+    make = maker(planned.workbench, store, [])
+    return sum(make_pass(wanted, store, make=make) for wanted in planned.planner.passes())
+
+
+def test_a_later_sweep_that_goes_deeper_begins_where_the_taps_end(store: TapStore, workbench: Workbench) -> None:
+    assert make_all(Planned(store, workbench, "space.freeze_depth=[1,2]"), store) == NUM_ITEMS
+    deeper = Planned(store, workbench, "space.freeze_depth=[4,all]")
+    (wanted,) = deeper.planner.passes()
+    assert list(wanted.specs) == [4, 5]
+    assert wanted.start is not None
+    assert wanted.start.key.boundary in (1, 2)
+    assert deeper.plan.pass_s > 0
+    assert make_all(deeper, store) == 0
+    assert all(store.is_complete(spec) for spec in wanted.specs.values())
+    assert make_all(Planned(store, workbench, "space.freeze_depth=[1,3,all]"), store) == 0
+
+
+def test_a_damaged_tap_is_not_begun_with_and_not_made_for_that(store: TapStore, workbench: Workbench) -> None:
+    first = Planned(store, workbench, "space.freeze_depth=[2]")
+    make_all(first, store)
+    (read,) = first.planner.tapped()
+    deeper = Planned(store, workbench, "space.freeze_depth=[4]")
+    file = Path(store.location) / read.specs[2].key.digest / "shard-000.arrow"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert make_all(deeper, store) == NUM_ITEMS
+    assert not store.is_listed(read.specs[2])
+
+
+def test_a_tap_of_the_sweep_does_not_give_way_to_another_one(store: TapStore, workbench: Workbench) -> None:
+    one = 4 * NUM_ITEMS * NUM_VALUES[2]
+    planned = Planned(store, workbench, "space.seed=[0,1]", "freeze_depth=2")
+    first, second = planned.planner.passes()
+    make = maker(workbench, store, [])
+    make_pass(first, store, make=make)
+    small = TapStore(store.location, budget_bytes=one + 10_000)
+    kept = [spec.key.digest for taps in planned.planner.tapped() for spec in taps.specs.values()]
+    with pytest.raises(NoRoomError, match=r"taps in use leave too little of taps\.budget_bytes") as caught:
+        make_pass(second, small, make=make, keep=kept)
+    assert caught.value.lacking == list(second.specs.values())
+    assert store.is_complete(first.specs[2])
+    make_pass(second, small, make=make)
+    assert not store.is_listed(first.specs[2])
+
+
+def test_what_a_full_disk_leaves_undone_is_removed_and_named(store: TapStore, workbench: Workbench) -> None:
+    planned = Planned(store, workbench, "space.freeze_depth=[2,all]")
+    (wanted,) = planned.planner.passes()
+    make = maker(workbench, store, [])
+    make_pass(Pass(wanted.trial, wanted.label, {5: wanted.specs[5]}), store, make=make)
+
+    def fill(calls: Sequence[ShardCall]) -> list[PassResult]:
+        make(calls)
+        raise StorageFullError("no space left")
+
+    with pytest.raises(NoRoomError, match="no space left") as caught:
+        make_pass(wanted, store, make=fill)
+    assert caught.value.lacking == [wanted.specs[2]]
+    assert store.missing_shards(wanted.specs[2]) == [0]
+    assert store.is_complete(wanted.specs[5])
+
+
+# What is predicted
+
+
+def test_a_unit_of_more_heads_than_were_measured_takes_longer(store: TapStore, workbench: Workbench) -> None:
+    space = ("space.lr=loguniform(1e-4,1e-1)", "search=random", "freeze_depth=all", "epochs=500")
+    few = Planned(store, workbench, *space, "num_samples=32")
+    many = Planned(store, workbench, *space, "num_samples=300")
+    assert [few.depths[5].num_units, many.depths[5].num_units] == [1, len(many.units)] == [1, 2]
+    assert many.plan.trials_s > 4 * few.plan.trials_s
+
+
+def test_a_step_on_images_waits_for_their_decoding(store: TapStore, workbench: Workbench) -> None:
+    plan = Planned(store, workbench, "space.freeze_depth=[0]").plan
+    assert plan.trials_s > 50 * 4 * 32 * plan.rates["decode_s"]
+
+
+def test_what_a_search_that_learns_suggests_is_predicted_one_by_one(store: TapStore, workbench: Workbench) -> None:
+    space = ("space.lr=loguniform(1e-4,1e-1)", "freeze_depth=all", "num_samples=6", "search=optuna")
+    alone = Planned(store, workbench, *space)
+    assert alone.depths[5].num_units == 6
+    assert alone.depths[5].why_not_fused is not None
+    assert alone.depths[5].why_not_fused.startswith("search=optuna suggests them one by one")
+    assert alone.together == [[0], [1], [2], [3], [4], [5]]
+    three = Planned(store, workbench, *space, "max_concurrent_trials=3")
+    assert three.depths[5].num_units == len(three.units) == 2
+    assert three.depths[5].why_not_fused is None
 
 
 # Which trials train together
@@ -246,7 +398,7 @@ def test_heads_on_one_tap_train_together_and_groups_that_train_alone(store: TapS
 @pytest.mark.parametrize(
     ("space", "together"),
     [
-        ("space.optimizer=[adamw,sgd]", [[0, 1], [2, 3]]),
+        ("space.optimizer=[adamw,sgd]", [[0, 1, 2, 3]]),
         ("space.epochs=[50,60]", [[0, 1], [2, 3]]),
         ("space.batch_size=[16,32]", [[0, 1], [2, 3]]),
         ("space.weight_decay=[0,0.1]", [[0, 1, 2, 3]]),
@@ -285,6 +437,10 @@ def test_heads_with_dropout_train_alone_on_the_tap_that_they_share(
     assert {depth.why_not_fused for depth in planned.plan.depths} == {"the head has dropout or statistics of its own"}
     (wanted,) = planned.planner.passes()
     assert list(wanted.specs) == [4], "the head takes the map before the pool"
+    assert {depth.freeze_depth: depth.boundary for depth in planned.plan.depths} == {4: 4, 5: 4}
+    scores = [ProbeScore("squeezenet1_1", 4, ridge=0.875, knn=0.5)]
+    by_depth = plan_tables(planned.plan, scores)[0]
+    assert list(by_depth.columns[-2].cells) == ["0.8750", "0.8750"], "both depths show the probe of what they read"
 
 
 def test_what_takes_longest_begins_first(store: TapStore, workbench: Workbench) -> None:

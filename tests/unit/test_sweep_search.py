@@ -114,17 +114,16 @@ def test_the_heads_of_a_grid_are_one_unit_and_train_as_each_would_alone(tmp_path
         assert row["metrics"] == pytest.approx(expected["metrics"], abs=1e-4), row
 
 
-@pytest.mark.parametrize("depth", ["freeze_depth=all", "freeze_depth=4"], ids=["fused", "one by one"])
-def test_asha_stops_the_worse_trials_early_and_keeps_the_best(tmp_path: Path, depth: str) -> None:
-    space = (depth, "epochs=4", "space.lr=[1e-2,1e-4,1e-5,1e-6]", "asha.reduction_factor=2")
+def test_asha_stops_the_worse_trials_early_and_keeps_the_best(tmp_path: Path) -> None:
+    space = ("freeze_depth=4", "epochs=4", "space.lr=[1e-2,1e-4,1e-5,1e-6]", "asha.reduction_factor=2")
     full = sweep(tmp_path, *space, "name=full")
     run = sweep(tmp_path, *space, "scheduler=asha", "name=asha")
     epochs = [row["epochs"] for row in rows_of(run)]
     status = [row["status"] for row in rows_of(run)]
+    assert sorted(epochs) == [1, 1, 2, 4]
     assert epochs[0] == 4
-    assert min(epochs) == 1
-    assert sum(epochs) < 16
     assert status == ["done" if num == 4 else "stopped" for num in epochs]
+    assert not list(tmp_path.rglob("checkpoints*")), "what promotions needed outlives the sweep"
     assert run.manifest.details["best_trial"] == full.manifest.details["best_trial"] == 0
     assert run.manifest.metrics == pytest.approx(full.manifest.metrics, abs=1e-4)
 

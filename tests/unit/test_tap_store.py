@@ -428,7 +428,7 @@ def test_chunks_that_arent_those_of_the_shard_are_refused(store: TapStore, num_i
         store.write_shard(spec, last, chunks)
         assert file_of(store, spec, last).exists()
     else:
-        with pytest.raises(ValueError, match=r"chunk of shape|argument"):
+        with pytest.raises(ValueError, match=r"chunk of shape|chunks of the shard"):
             store.write_shard(spec, last, chunks)
         assert not file_of(store, spec, last).exists()
 
@@ -478,6 +478,39 @@ def test_a_pass_that_fails_leaves_no_half_shard(store: TapStore) -> None:
     with pytest.raises(ZeroDivisionError):
         store.write_shard(spec, 0, fail())
     assert sorted(path.name for path in file_of(store, spec, 0).parent.iterdir()) == ["tap.json", "use.lock"]
+
+
+def test_a_shard_of_several_taps_is_written_chunk_by_chunk_and_all_or_none_get_into_place(store: TapStore) -> None:
+    specs = [small(66_000, (64,), boundary=boundary) for boundary in (1, 2)]
+    files = [file_of(store, spec, 0) for spec in specs]
+    chunk = [torch.full((256, 64), float(spec.key.boundary)) for spec in specs]
+    sizes: list[int] = []
+
+    def chunks(num: int) -> Iterator[list[torch.Tensor]]:
+        for _ in range(num):
+            sizes.append(sum(path.stat().st_size for path in Path(store.location).rglob(".*.tmp")))
+            yield chunk
+
+    with pytest.raises(ValueError, match="1 of the 2 chunks of the shard"):
+        store.write_shards(specs, 0, chunks(1))
+    assert [path.exists() for path in files] == [False, False]
+    store.write_shards(specs, 0, chunks(2))
+    assert [path.exists() for path in files] == [True, True]
+    assert sizes[2] > sizes[1] + 256 * 64 * 4, "the first chunk of both is on the disk before the second is asked for"
+    assert list(Path(store.location).rglob(".*")) == []
+    assert all(store.missing_shards(spec) == list(range(1, spec.num_shards)) for spec in specs)
+
+
+def test_a_tap_is_listed_once_all_its_files_are_there_whatever_they_hold(store: TapStore) -> None:
+    spec = small()
+    assert not store.is_listed(spec)
+    write(store, spec, [0])
+    assert not store.is_listed(spec)
+    write(store, spec, [1, 2])
+    flip(file_of(store, spec, 1), 1000)
+    assert store.is_listed(spec)
+    assert not store.is_complete(spec)
+    assert not store.is_listed(spec)
 
 
 def test_processes_that_need_the_same_taps_make_them_once(store: TapStore) -> None:

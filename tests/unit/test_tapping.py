@@ -167,6 +167,23 @@ def test_a_deeper_tap_made_from_a_shallower_one_needs_no_image(store: TapStore, 
         torch.testing.assert_close(tap.prepared(tap.training(rows, epoch=epoch), CPU), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_pass_closes_the_tap_that_it_begins_with(store: TapStore, workbench: Workbench) -> None:
+    task = task_of(workbench)
+    shallow, deep = specs_of(task, 2, 4)
+    make(task, store, [shallow])
+    make(task, store, [deep], start=shallow)
+    assert TapStore(store.location, budget_bytes=deep.num_bytes + 5000).make_room(0, keep=[deep.key.digest])
+    assert not store.is_listed(shallow), "nobody had it in use, so that it could go"
+    assert store.is_complete(deep)
+
+
+def test_a_pass_begins_with_the_images_where_the_shallower_tap_is_not(store: TapStore, workbench: Workbench) -> None:
+    task = task_of(workbench)
+    shallow, deep = specs_of(task, 2, 4)
+    assert make(task, store, [deep], start=shallow).num_forwards == deep.num_items
+    assert store.is_complete(deep)
+
+
 def test_a_pass_leaves_the_backbone_as_it_was(store: TapStore, workbench: Workbench) -> None:
     task = task_of(workbench, "freeze_depth=2")
     before = {name: value.clone() for name, value in task.model.named_state().items()}

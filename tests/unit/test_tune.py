@@ -1,4 +1,4 @@
-"""Ray Tune's scheduling and search behind the protocols of a sweep; no cluster is started."""
+"""Ray Tune's search behind the protocol of a sweep; no cluster is started."""
 
 import json
 import sys
@@ -8,77 +8,10 @@ from typing import Any
 
 import pytest
 
-from graftstack.cluster.tune import AshaScheduler, OptunaSearch
-from graftstack.config.sweep import AshaConfig, SchedulerName, SearchName, SweepConfig
+from graftstack.cluster.tune import OptunaSearch
+from graftstack.config.sweep import SearchName, SweepConfig
 from graftstack.errors import ConfigError
-from graftstack.sweep.trials import Row, Trial, TrialResult
-
-
-def asha(*, epochs: int = 9, **changes: Any) -> AshaScheduler:
-    values = {"space": {"lr": [0.1, 0.2]}, "scheduler": SchedulerName.asha, "epochs": epochs, **changes}
-    return AshaScheduler(SweepConfig(**values))
-
-
-def rows(epoch: int, *accuracies: float, first: int = 0) -> dict[int, Row]:
-    return {index: {"epoch": epoch, "accuracy": value} for index, value in enumerate(accuracies, first)}
-
-
-def test_one_in_three_goes_on_from_each_rung() -> None:
-    scheduler = asha()
-    accuracies = [0.1, 0.9, 0.4, 0.6, 0.8, 0.2, 0.7, 0.3, 0.5]
-    assert scheduler.keep(rows(1, *accuracies)) == [1]
-
-
-def test_trials_that_end_an_epoch_together_are_compared_with_the_best_of_them_in_any_order() -> None:
-    rising = [0.1, 0.2, 0.3, 0.4]
-    assert asha().keep(rows(1, *rising)) == [3]
-    assert asha().keep(rows(1, *reversed(rising))) == [0]
-
-
-def test_trials_that_come_alone_are_compared_with_those_before() -> None:
-    scheduler = asha()
-    assert scheduler.keep(rows(1, 0.5)) == [0]
-    assert scheduler.keep(rows(1, 0.4, first=1)) == []
-    assert scheduler.keep(rows(1, 0.6, first=2)) == [2]
-
-
-def test_between_rungs_all_go_on() -> None:
-    scheduler = asha()
-    scheduler.keep(rows(1, 0.5, 0.5))
-    assert scheduler.keep(rows(2, 0.9, 0.1)) == [0, 1]
-    assert scheduler.keep(rows(3, 0.9, 0.1)) == [0]
-
-
-def test_no_trial_stops_before_the_grace_epochs() -> None:
-    scheduler = asha(asha=AshaConfig(grace_epochs=2))
-    assert scheduler.keep(rows(1, 0.9, 0.1)) == [0, 1]
-    assert scheduler.keep(rows(2, 0.9, 0.1)) == [0]
-
-
-def test_a_larger_reduction_lets_fewer_go_on() -> None:
-    def num_kept(reduction_factor: float) -> int:
-        scheduler = asha(asha=AshaConfig(reduction_factor=reduction_factor))
-        return sum(len(scheduler.keep(rows(1, (7 * i % 20) / 20, first=i))) for i in range(20))
-
-    assert num_kept(4.0) < num_kept(2.0) < num_kept(1.25)
-
-
-def test_after_the_last_epoch_nothing_is_left_to_stop() -> None:
-    scheduler = asha(epochs=3)
-    assert scheduler.keep(rows(3, 0.9, 0.1)) == [0, 1]
-
-
-def test_epochs_may_be_in_the_space() -> None:
-    scheduler = asha(epochs=1, space={"epochs": [3, 9]})
-    assert scheduler.keep(rows(3, 0.9, 0.1)) == [0]
-
-
-def test_a_trial_resumed_beyond_a_rung_does_not_count_in_it() -> None:
-    scheduler = asha()
-    scheduler.keep(rows(3, 0.9))
-    scheduler.keep(rows(4, 0.9))
-    assert scheduler.keep(rows(1, 0.2, first=1)) == [1]
-
+from graftstack.sweep.trials import Trial, TrialResult
 
 SPACE = {"lr": "loguniform(1e-5,1e-1)", "freeze_depth": [0, 2, "all"], "batch_size": "randint(16,64)"}
 

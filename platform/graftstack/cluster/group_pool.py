@@ -80,6 +80,19 @@ class GroupPool:
         self._running.clear()
 
     def _train(self, unit: Unit, stop: GroupStop) -> None:
+        event: UnitEnd | UnitLost | StorageFullError
+        try:
+            event = self._end_of(unit, stop)
+        except KeyboardInterrupt:  # the pool is closed
+            return
+        except StorageFullError as error:
+            event = error
+        except Exception as error:  # a fault of one trial is not one of the sweep
+            event = UnitLost(unit, reason(error))
+        self._events.put(event)
+
+    def _end_of(self, unit: Unit, stop: GroupStop) -> UnitEnd:
+        """Trains the trial of `unit`, and puts its row on disk."""
         (trial,) = unit.trials
         began = time.monotonic()
         folder = self._folder / trial.name
@@ -93,26 +106,13 @@ class GroupPool:
                 tap=None if unit.tap is None else (self._settings.store, unit.tap),
             )
             result = _result(trial, outcome, time.monotonic() - began)
-        except KeyboardInterrupt:  # the pool is closed
-            return
-        except StorageFullError as error:
-            self._events.put(error)
-            return
+        except StorageFullError:
+            raise
         except GraftstackError as error:
             result = TrialResult(index=trial.index, params=trial.params, status="failed", error=str(error))
-        except Exception as error:  # a fault of one trial is not one of the sweep
-            self._events.put(UnitLost(unit, reason(error)))
-            return
-        self._end(unit, result)
-
-    def _end(self, unit: Unit, result: TrialResult) -> None:
-        try:
-            Ledger(self._folder).write(result)
-        except StorageFullError as error:
-            self._events.put(error)
-            return
-        (self._folder / unit.trials[0].name / CHECKPOINTS).remove_all()
-        self._events.put(UnitEnd(unit, (result,)))
+        Ledger(self._folder).write(result)
+        (folder / CHECKPOINTS).remove_all()
+        return UnitEnd(unit, (result,))
 
 
 def _make_own(folder: Folder, trial: Trial) -> None:

@@ -2,16 +2,19 @@
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from graftstack.backbones.catalog import require_known
-from graftstack.config.plain import to_plain, to_yaml
+from graftstack.config.compose import quoted
+from graftstack.config.plain import flatten, to_plain, to_yaml
 from graftstack.config.schema import ClusterConfig, ClusterKind, FinetuneConfig
+from graftstack.config.space import full_key
+from graftstack.config.sweep import SweepConfig
 from graftstack.errors import BadInputError, TrainingError
 from graftstack.runs import MANIFEST, Manifest, Run, now
 from graftstack.storage import Folder, is_uri
@@ -123,15 +126,12 @@ def _default_name(job: str) -> str:
 
 def _with_absolute_paths(config: Config) -> Config:
     data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
-    weights = config.backbone.weights
-    if Path(file := str(_absolute(weights))).is_file():
-        weights = file
-    return replace(
-        config,
-        data=data,
-        backbone=replace(config.backbone, weights=weights),
-        runs_dir=str(_absolute(config.runs_dir)),
-    )
+    backbone = replace(config.backbone, weights=_absolute_if_file(config.backbone.weights))
+    config = replace(config, data=data, backbone=backbone, runs_dir=str(_absolute(config.runs_dir)))
+    if isinstance(config, SweepConfig):
+        taps = replace(config.taps, location=_absolute(config.taps.location))
+        config = replace(config, taps=taps, space=flatten(config.space) | _path_domains(config.space))
+    return config
 
 
 def _path_overrides(config: FinetuneConfig) -> list[str]:
@@ -141,7 +141,34 @@ def _path_overrides(config: FinetuneConfig) -> list[str]:
         "data.cache_dir": config.data.cache_dir,
         "backbone.weights": config.backbone.weights,
     }
-    return [f"{key}={value}" for key, value in paths.items() if value is not None]
+    domains: dict[str, Any] = {}
+    if isinstance(config, SweepConfig):
+        paths["taps.location"] = config.taps.location
+        domains = _path_domains(config.space)
+    return [
+        *(f"{key}={value}" for key, value in paths.items() if value is not None),
+        *(f"space.{name}=[{','.join(map(_in_list, values))}]" for name, values in domains.items()),
+    ]
+
+
+def _path_domains(space: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns the choices of those keys of a space whose values are files, with absolute paths."""
+    by_key = {"data.path": _absolute, "backbone.weights": _absolute_if_file}
+    found = {}
+    for name, domain in flatten(space).items():
+        if (absolute := by_key.get(full_key(name))) is not None:
+            values = domain if isinstance(domain, list) else [domain]
+            found[name] = [absolute(value) for value in values]
+    return found
+
+
+def _in_list(value: str | None) -> str:
+    return "null" if value is None else quoted(value)
+
+
+def _absolute_if_file(weights: str) -> str:
+    file = str(_absolute(weights))
+    return file if Path(file).is_file() else weights
 
 
 def _absolute(location: str | None) -> str | None:

@@ -194,11 +194,15 @@ class RayPool:
         assert self.num_free == len(self._slots), "units are running"
         calls = _Calls(method, args_list)
         idle = deque(self._slots)
-        while not calls.are_over:
-            while idle and calls.are_waiting:
-                calls.start(idle.popleft())
-            idle.extend(calls.wait())
-            poll(len(calls.results))
+        try:
+            while not calls.are_over:
+                while idle and calls.are_waiting:
+                    calls.start(idle.popleft())
+                idle.extend(calls.wait())
+                poll(len(calls.results))
+        except Exception:
+            calls.abandon()
+            raise
         return [calls.results[place] for place in range(len(args_list))]
 
     def close(self) -> None:
@@ -245,10 +249,16 @@ class _Calls:
             try:
                 self.results[place] = _result_of(reference)
             except RayError as error:
-                self._lost(place, error)
                 slot.renew()
+                self._lost(place, error)
             idle.append(slot)
         return idle
+
+    def abandon(self) -> None:
+        """Ends what is under way, so that its slots are free again."""
+        for _, slot in self._running.values():
+            slot.renew()
+        self._running.clear()
 
     def _lost(self, place: int, error: Exception) -> None:
         self._losses[place] += 1

@@ -14,22 +14,27 @@ from graftstack.cluster.workplace import Workplace, start_s, workplace
 from graftstack.config.schema import ClusterKind
 from graftstack.config.space import Choice, parse_space, trial_config
 from graftstack.config.sweep import Prune, SchedulerName, SearchName, SweepConfig
-from graftstack.errors import StorageFullError
+from graftstack.errors import RunError
 from graftstack.machine import usable_cpus
+from graftstack.reason import reason
 from graftstack.runs import Run
 from graftstack.storage import Folder
-from graftstack.sweep.ledger import Ledger
+from graftstack.sweep.asha import Asha
+from graftstack.sweep.drive import KeepAll, drive
+from graftstack.sweep.ledger import Ledger, trial_rows
 from graftstack.sweep.search import ListSearch, list_trials
 from graftstack.sweep.trials import Scheduler, Search, Trial, TrialResult
 
 if TYPE_CHECKING:
     from graftstack.finetune.task import Task
     from graftstack.sweep.drive import Progress
-    from graftstack.sweep.plan import Pass, SweepPlan
+    from graftstack.sweep.plan import SweepPlan
     from graftstack.sweep.probe import ProbeScore
 
 PLAN = "plan.json"
 TRIALS = "trials"
+
+_ANEW = "the trials that would read them compute the frozen part anew"
 
 # How often a trial may lose its process.
 _MAX_LOSSES = 2
@@ -91,7 +96,11 @@ class PlannedSweep(NamedTuple):
 
 
 def plan_sweep(config: SweepConfig, *, overrides: Sequence[str], display: SweepDisplay) -> PlannedSweep:
-    """Checks a sweep and returns what it would do; trains nothing and leaves nothing but decoded images."""
+    """Checks a sweep and returns what it would do: trains nothing and makes no tap.
+
+    It decodes images into their cache, and verifies taps that are there: those at a URI are fetched, and damaged shards
+    removed.
+    """
     sweep = _Sweep(check("sweep", config, overrides), display, verbose=False)
     return PlannedSweep(sweep.plan(), sweep.probe())
 
@@ -123,7 +132,7 @@ class _Sweep:
 
     def __init__(self, checked: Checked[SweepConfig], display: SweepDisplay, *, verbose: bool) -> None:
         from graftstack.finetune.task import Workbench
-        from graftstack.sweep.plan import Planner
+        from graftstack.sweep.planner import Planner
         from graftstack.sweep.runner import RunnerSettings
 
         self._config = config = checked.config
@@ -137,22 +146,41 @@ class _Sweep:
             taps=config.taps,
             cache_dir=config.data.cache_dir,
             is_on_gpu=config.cluster.gpus_per_worker > 0,
+            may_promote=config.scheduler is SchedulerName.asha,
         )
         self._store = self._settings.store
         self._workbench = Workbench(progress=display.reading)
         self._planner = Planner(config, self._store, workbench=self._workbench, device=self._settings.device_here)
         self._trials = _known_trials(config)
+        self._check_finished()
+
+    def _check_finished(self) -> None:
+        """Raises `RunError` if a row isn't that of the trial of its number: the space has another order."""
+        if self._config.search is SearchName.optuna:
+            return
+        params = {trial.index: trial.params for trial in self._trials}
+        for index, row in self._finished.items():
+            if row.params != params.get(index):
+                raise RunError(
+                    f"name={self._config.name}: its trial {index} was {row.params}, and now is {params.get(index)}; "
+                    "give the keys of the space in their first order, or choose another name"
+                )
 
     def plan(self) -> "SweepPlan":
         """Returns what is left to do, in numbers. Raises `BadInputError` for a trial that can't be trained."""
         import torch
 
         torch.set_num_threads(self._config.cluster.cpus_per_worker or usable_cpus())
-        left = [trial for trial in self._trials if trial.index not in self._finished]
+        left = [trial for trial in self._trials if not self._is_over(trial)]
         plan = self._planner.plan(left or self._trials[:1])
         plan = replace(plan, start_s=start_s(self._config, plan))
         self._display.planned(plan)
         return plan
+
+    def _is_over(self, trial: Trial) -> bool:
+        """Whether nothing is left to train of it; one that was stopped may be promoted."""
+        row = self._finished.get(trial.index)
+        return row is not None and not (row.status == "stopped" and self._settings.may_promote)
 
     def probe(self) -> "list[ProbeScore]":
         """Returns what the frozen features of each depth know, found on a sample."""
@@ -165,13 +193,15 @@ class _Sweep:
 
     def run(self, run: Run, plan: "SweepPlan") -> None:
         """Does all of it, and sets the manifest to done."""
-        from graftstack.sweep.outcome import best_of, save_outcome, trial_rows
+        from graftstack.sweep.outcome import best_of, save_outcome
 
         began = time.monotonic()
         run.folder.write(PLAN, json.dumps({**asdict(plan), "predicted_s": plan.predicted_s}, indent=2).encode())
         beat = heartbeat(run)
-        with workplace(self._config, plan, self._settings, workbench=self._workbench, verbose=self._verbose) as place:
-            forwards = self._make_taps(place, run, beat)
+        with workplace(
+            self._config, plan, self._settings, workbench=self._workbench, beat=beat, verbose=self._verbose
+        ) as place:
+            forwards = self._make_taps(place, run, plan.num_images, beat)
             with ExitStack() as taps:
                 self._hold_taps(taps)
                 results = self._train(place, beat)
@@ -180,8 +210,7 @@ class _Sweep:
                 best = best_of(results)
                 task = self._task_of(trials[best.index], taps)
                 artifacts = save_outcome(task, trials[best.index], results, run.folder)
-        for leftover in [name for name in self._ledger.folder.names() if name.startswith("fused-")]:
-            (self._ledger.folder / leftover).remove_all()
+        self._remove_checkpoints(results)
         run.folder.sweep()
         run.update(
             status="done",
@@ -189,17 +218,30 @@ class _Sweep:
             artifacts={**artifacts, "plan": PLAN},
             details=_details(best, results, task),
             results={
-                "trials": trial_rows(trials.values(), results),
+                "trials": trial_rows(results),
                 "reuse": {
                     "backbone_forwards": forwards + sum(result.backbone_forwards for result in results),
-                    "unique_samples": plan.num_images,
+                    "unique_samples": run.manifest.results["reuse"]["unique_samples"],
                     "predicted_s": round(plan.predicted_s, 3),
                     "actual_s": round(actual_s, 3),
                 },
             },
         )
 
-    def _make_taps(self, place: Workplace, run: Run, beat: Callable[[], None]) -> int:
+    def _remove_checkpoints(self, results: Sequence[TrialResult]) -> None:
+        """Removes what only a resumption or a promotion would have needed."""
+        from graftstack.sweep.runner import FUSED
+
+        folder = self._ledger.folder
+        leftovers = [folder / name for name in folder.names() if name.startswith(FUSED)]
+        for result in results:
+            if result.status in ("stopped", "failed"):
+                of_trial = folder / self._trial_of(result).name
+                leftovers += [of_trial / name for name in of_trial.names() if name.startswith("checkpoints")]
+        for leftover in leftovers:
+            leftover.remove_all()
+
+    def _make_taps(self, place: Workplace, run: Run, num_images: int, beat: Callable[[], None]) -> int:
         """Makes all taps that the plan asks for; where that can't be, their trials compute what they need.
 
         Returns:
@@ -211,22 +253,20 @@ class _Sweep:
             beat()
             self._display.tapping(done, total)
 
-        forwards = int(run.manifest.results.get("reuse", {}).get("backbone_forwards", 0))
+        before = run.manifest.results.get("reuse", {})
+        forwards, samples = int(before.get("backbone_forwards", 0)), int(before.get("unique_samples", 0))
+        reuse = {"backbone_forwards": forwards, "unique_samples": max(samples, num_images)}
+        run.update(results={"reuse": reuse})
+        keep = {spec.key.digest for read in self._planner.tapped() for spec in read.specs.values()}
         for wanted in self._planner.passes():
             try:
-                forwards += make_pass(wanted, self._store, make=lambda calls: place.make(calls, on_shard))
-                run.update(results={"reuse": {"backbone_forwards": forwards}})
-            except (NoRoomError, StorageFullError) as error:
-                self._give_up(wanted, error)
+                forwards += make_pass(wanted, self._store, make=lambda calls: place.make(calls, on_shard), keep=keep)
+                run.update(results={"reuse": {**reuse, "backbone_forwards": forwards}})
+            except NoRoomError as error:
+                depths = ", ".join(str(spec.key.boundary) for spec in error.lacking)
+                self._display.say(f"no taps at {depths}: {error}; {_ANEW}")
+                self._planner.give_up(error.lacking, str(error))
         return forwards
-
-    def _give_up(self, wanted: "Pass", error: Exception) -> None:
-        why = str(error) if isinstance(error, StorageFullError) else "taps in use leave too little of taps.budget_bytes"
-        depths = ", ".join(map(str, wanted.specs))
-        self._display.say(f"no taps at {depths}: {why}; the trials that would read them compute the frozen part anew")
-        self._planner.give_up(wanted.specs.values(), why)
-        for spec in wanted.specs.values():
-            self._store.remove(spec)
 
     def _hold_taps(self, taps: ExitStack) -> None:
         """Keeps the taps from eviction until the last trial is over. One that is gone is recomputed."""
@@ -237,12 +277,10 @@ class _Sweep:
                 try:
                     taps.enter_context(self._store.open(spec))
                 except TapMissingError as error:
-                    self._display.say(f"{error}; computed anew")
+                    self._display.say(f"{reason(error)}; {_ANEW}")
                     self._planner.give_up([spec], "gone")
 
     def _train(self, place: Workplace, beat: Callable[[], None]) -> list[TrialResult]:
-        from graftstack.sweep.drive import drive
-
         config = self._config
         total = len(self._trials)
 
@@ -257,6 +295,7 @@ class _Sweep:
             _scheduler(config),
             self._ledger,
             make_units=self._planner.make_units,
+            trial_of=self._trial_of,
             finished={**self._finished, **self._pruned()},
             time_limit_s=None if limit_s is None else max(0.0, limit_s - (time.monotonic() - self._began)),
             max_losses=_MAX_LOSSES,
@@ -322,13 +361,13 @@ def _one_of_each_depth(config: SweepConfig, trials: list[Trial]) -> list[Trial]:
 
 
 def _scheduler(config: SweepConfig) -> Scheduler:
-    from graftstack.sweep.drive import KeepAll
-
     if config.scheduler is SchedulerName.none:
         return KeepAll()
-    from graftstack.cluster.tune import AshaScheduler
-
-    return AshaScheduler(config)
+    return Asha(
+        grace_epochs=config.asha.grace_epochs,
+        reduction_factor=config.asha.reduction_factor,
+        most_epochs=config.most_epochs,
+    )
 
 
 def _details(best: TrialResult, results: Sequence[TrialResult], task: "Task") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Training a task on Ray Train: in this process for one worker, else in a group of worker processes."""
 
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 from graftstack.taps.key import TapSpec
 from graftstack.taps.store import TapStore
+from graftstack.taps.tap import TapMissingError
+
+log = logging.getLogger(__name__)
 
 # How often the driver looks at what the workers wrote of their progress.
 _POLL_S = 0.5
@@ -153,11 +157,20 @@ def _train_share(settings: dict[str, Any]) -> Outcome | GraftstackError:
         quiet_ray()
     task = prepare(share.config)
     if share.tap is not None:
-        task = replace(task, tap=open_tap(task, *share.tap))
+        task = _tapped(task, *share.tap)
     try:
         return train_rank(task, RayWorker(), Folder(share.location))
     except TrainingError as error:
         return error
+
+
+def _tapped(task: Task, store: TapStore, spec: TapSpec) -> Task:
+    """Returns the task with its tap, or as it is on a node that doesn't reach the tap."""
+    try:
+        return replace(task, tap=open_tap(task, store, spec))
+    except TapMissingError as error:
+        log.warning("%s; this worker begins with the images; choose a taps.location that all nodes reach", error)
+        return task
 
 
 def _fit(trainer: Any, poll: Callable[[], None]) -> Any:

@@ -1,4 +1,4 @@
-"""Ray Tune's scheduling and search, for the loop of a sweep; its own loop, processes and files stay out of it."""
+"""Ray Tune's search, for the loop of a sweep; its own loop, processes and files stay out of it."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,10 +6,10 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from graftstack.config.space import Choice, Domain, Range, full_key, parse_space, trial_config
+from graftstack.config.space import Choice, Domain, Range, parse_space, trial_config
 from graftstack.errors import ConfigError
 from graftstack.seeding import derive_seed
-from graftstack.sweep.trials import Row, Trial, TrialResult
+from graftstack.sweep.trials import Trial, TrialResult
 
 if TYPE_CHECKING:
     from graftstack.config.schema import FinetuneConfig
@@ -21,51 +21,6 @@ _METRIC = "accuracy"
 
 # How often Optuna is asked, since it may suggest what some other trial has already.
 _MAX_ATTEMPTS = 10
-
-
-class AshaScheduler:
-    """Asynchronous successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934), by Ray Tune.
-
-    At each rung (`asha.grace_epochs`, and that times powers of `asha.reduction_factor`) a trial goes on if it is among
-    the best of those that have reached the rung so far.
-    """
-
-    def __init__(self, config: "SweepConfig") -> None:
-        from ray.tune.schedulers import AsyncHyperBandScheduler
-
-        self._most_epochs = _most_epochs(config)
-        self._scheduler = AsyncHyperBandScheduler(
-            time_attr="epoch",
-            metric=_METRIC,
-            mode="max",
-            max_t=self._most_epochs,
-            grace_period=config.asha.grace_epochs,
-            reduction_factor=config.asha.reduction_factor,
-            # Else a trial that is resumed beyond a rung would count in it with a later epoch.
-            stop_last_trials=False,
-        )
-        self._trials: dict[int, Any] = {}
-
-    def keep(self, rows: Mapping[int, Row]) -> list[int]:
-        """Returns the trials that go on. Of those that end an epoch together the best counts first, for all others."""
-        best_first = sorted(rows, key=lambda index: (-rows[index][_METRIC], index))
-        return sorted(index for index in best_first if self._goes_on(index, rows[index]))
-
-    def _goes_on(self, index: int, row: Row) -> bool:
-        from ray.tune.schedulers import TrialScheduler
-
-        result = {"epoch": row["epoch"], _METRIC: row[_METRIC]}
-        answer = self._scheduler.on_trial_result(None, self._trial(index), result)
-        return answer != TrialScheduler.STOP or row["epoch"] >= self._most_epochs  # after the last there's no stopping
-
-    def _trial(self, index: int) -> Any:
-        """Returns what Tune knows a trial by."""
-        if index not in self._trials:
-            from ray.tune.experiment import Trial as TuneTrial
-
-            self._trials[index] = TuneTrial("graftstack", trial_id=str(index), stub=True)
-            self._scheduler.on_trial_add(None, self._trials[index])
-        return self._trials[index]
 
 
 class OptunaSearch:
@@ -155,14 +110,6 @@ class OptunaSearch:
                 point = {name: _encoded(domain, result.params[name]) for name, domain in self._domains.items()}
                 search.add_evaluated_point(point, result.metrics[_METRIC])
         return search
-
-
-def _most_epochs(config: "SweepConfig") -> int:
-    """Returns the epochs of the trial that has most."""
-    for name, domain in parse_space(config.space).items():
-        if full_key(name) == "epochs":
-            return int(max(domain.values) if isinstance(domain, Choice) else domain.high)
-    return config.epochs
 
 
 def _check_installed() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,6 +10,7 @@ from graftstack.cluster.resources import cluster_resources, node_slots
 from graftstack.config.schema import ClusterKind
 from graftstack.config.sweep import SweepConfig
 from graftstack.machine import usable_cpus
+from graftstack.storage import Folder
 from graftstack.sweep.trials import Pool
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _GROUP_START_S = 20.0
 _PROCESSES_GAIN = 0.15
 
 OnShard = Callable[[int, int], None]
+Make = Callable[["Sequence[ShardCall]", OnShard], "list[PassResult]"]
 
 
 class Workplace(NamedTuple):
@@ -33,7 +36,7 @@ class Workplace(NamedTuple):
 
     pool: Pool
     num_slots: int
-    make: Callable[["Sequence[ShardCall]", OnShard], "list[PassResult]"]
+    make: Make
     """Makes shards, and tells how many of all are made."""
 
 
@@ -47,16 +50,22 @@ class Slots(NamedTuple):
 
 @contextmanager
 def workplace(
-    config: SweepConfig, plan: "SweepPlan", settings: "RunnerSettings", *, workbench: "Workbench", verbose: bool
+    config: SweepConfig,
+    plan: "SweepPlan",
+    settings: "RunnerSettings",
+    *,
+    workbench: "Workbench",
+    beat: Callable[[], None],
+    verbose: bool,
 ) -> Iterator[Workplace]:
-    """Opens the place where a planned sweep runs; nothing of it is left behind."""
+    """Opens the place where a planned sweep runs; nothing of it is left behind. Trials in this process call `beat`."""
     with ExitStack() as stack:
         if config.cluster.max_workers > 1:
             yield _groups(config, settings, workbench, stack, verbose=verbose)
         elif _uses_processes(config, plan):
-            yield _processes(config, plan, settings, stack, verbose=verbose)
+            yield _processes(config, plan, settings, workbench, stack, verbose=verbose)
         else:
-            yield _here(settings, workbench)
+            yield _here(settings, workbench, beat)
 
 
 def start_s(config: SweepConfig, plan: "SweepPlan") -> float:
@@ -79,11 +88,19 @@ def _uses_processes(config: SweepConfig, plan: "SweepPlan") -> bool:
     return alone_s * _PROCESSES_GAIN > _PROCESSES_START_S
 
 
-def _here(settings: "RunnerSettings", workbench: "Workbench") -> Workplace:
+def _here(settings: "RunnerSettings", workbench: "Workbench", beat: Callable[[], None]) -> Workplace:
     from graftstack.sweep.inline_pool import InlinePool
     from graftstack.sweep.runner import TrialRunner
 
-    runner = TrialRunner(settings, workbench=workbench)
+    runner = TrialRunner(settings, workbench=workbench, beat=beat)
+    return Workplace(InlinePool(runner), 1, _make_here(settings, workbench))
+
+
+def _make_here(settings: "RunnerSettings", workbench: "Workbench") -> Make:
+    from graftstack.sweep.runner import TrialRunner
+
+    # Where trials run elsewhere, they may have GPUs that this process hasn't.
+    runner = TrialRunner(replace(settings, is_on_gpu=settings.device_here.type == "cuda"), workbench=workbench)
 
     def make(calls: "Sequence[ShardCall]", on_shard: OnShard) -> "list[PassResult]":
         results = []
@@ -92,11 +109,17 @@ def _here(settings: "RunnerSettings", workbench: "Workbench") -> Workplace:
             on_shard(number, len(calls))
         return results
 
-    return Workplace(InlinePool(runner), 1, make)
+    return make
 
 
 def _processes(
-    config: SweepConfig, plan: "SweepPlan", settings: "RunnerSettings", stack: ExitStack, *, verbose: bool
+    config: SweepConfig,
+    plan: "SweepPlan",
+    settings: "RunnerSettings",
+    workbench: "Workbench",
+    stack: ExitStack,
+    *,
+    verbose: bool,
 ) -> Workplace:
     from graftstack.cluster.pool import RayPool
     from graftstack.cluster.session import ray_session
@@ -117,7 +140,16 @@ def _processes(
     def make(calls: "Sequence[ShardCall]", on_shard: OnShard) -> "list[PassResult]":
         return pool.call("make_taps", calls, poll=lambda done: on_shard(done, len(calls)))
 
-    return Workplace(pool, slots.num, make)
+    return Workplace(pool, slots.num, make if _share_taps(config) else _make_here(settings, workbench))
+
+
+def _share_taps(config: SweepConfig) -> bool:
+    """Whether shards that processes on several nodes make are sure to meet in one place."""
+    import ray
+
+    location = config.taps.location
+    is_remote = location is not None and not Folder(location).is_local
+    return is_remote or sum(node["Alive"] for node in ray.nodes()) == 1
 
 
 def _groups(
@@ -133,7 +165,7 @@ def _groups(
     num = max(1, min(fitting, config.max_concurrent_trials or fitting))
     pool = GroupPool(settings, num_slots=num, verbose=verbose)
     stack.callback(pool.close)
-    return Workplace(pool, num, _here(settings, workbench).make)
+    return Workplace(pool, num, _make_here(settings, workbench))
 
 
 def _local_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:

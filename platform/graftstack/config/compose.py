@@ -47,7 +47,8 @@ def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            in_space = [override for override in last_wins if _is_in_space(config_type, _key_of(override))]
+            # All of them: the order of the space, and so that of the trials, is the one in which keys first appear.
+            in_space = [override for override in overrides if _is_in_space(config_type, _key_of(override))]
             others = [override for override in last_wins if override not in in_space]
             tree = compose(job, [_hydra_override(config_type, override) for override in others])
             if in_space:
@@ -127,7 +128,7 @@ def _hydra_override(config_type: type[FinetuneConfig], override: str) -> str:
         key = _SHORT_FOR[key]
     kind = str(key_types(config_type).get(key, ""))
     if "str" in kind and not _is_literal(value, kind):
-        value = _quoted(_IN_QUOTES.sub(r"\2", value))
+        value = quoted(_IN_QUOTES.sub(r"\2", value))
     if _parsed(override, key, value).is_sweep_override():
         raise ConfigError(f"{override}: several values; give one, or a list in brackets where the key takes a list")
     return f"{key}={value}"
@@ -162,7 +163,7 @@ def _domain(override: str) -> Any:
     if not (value.startswith(("[", "{")) or _IN_QUOTES.match(value) or _SCALAR.fullmatch(value)):
         if "," in value and "(" not in value:
             raise ConfigError(f"{override}: several values; put them in brackets")
-        value = _quoted(value)
+        value = quoted(value)
     return _parsed(override, _SPACE, value).value()
 
 
@@ -173,7 +174,7 @@ def _is_literal(value: str, kind: str) -> bool:
     return value == "null" or is_list or is_number
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Returns `text` such that OmegaConf finds no interpolation in it, and Hydra nothing but one string."""
     escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)

@@ -3,10 +3,10 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graftstack.config.plain import typed
 
@@ -19,15 +19,24 @@ class KeyDoc(NamedTuple):
     text: str
 
 
-def key_docs(config_type: type, prefix: str = "") -> Iterator[KeyDoc]:
+def key_docs(config_type: type) -> Iterator[KeyDoc]:
     """Yields every key of a configuration dataclass, sections expanded, in the order of definition."""
+    defaults = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory()
+        for item in fields(config_type)
+    }
+    yield from _docs(config_type, "", defaults)
+
+
+def _docs(config_type: type, prefix: str, defaults: Mapping[str, Any]) -> Iterator[KeyDoc]:
     texts = _field_texts(config_type)
     for item in fields(config_type):
+        default = defaults[item.name]
         if isinstance(item.type, type) and is_dataclass(item.type):
-            yield from key_docs(item.type, f"{prefix}{item.name}.")
-            continue
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        yield KeyDoc(f"{prefix}{item.name}", typed(default), texts[item.name])
+            # A section's defaults are those of the configuration it is in, not those of its own type.
+            yield from _docs(item.type, f"{prefix}{item.name}.", vars(default))
+        else:
+            yield KeyDoc(f"{prefix}{item.name}", typed(default), texts[item.name])
 
 
 @cache

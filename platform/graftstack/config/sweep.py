@@ -5,8 +5,8 @@ from enum import Enum
 from typing import Any
 
 from graftstack.config.checks import above, at_least, at_most, fraction
-from graftstack.config.schema import FinetuneConfig
-from graftstack.config.space import Range, check_space, grid_size, parse_space
+from graftstack.config.schema import CheckpointConfig, FinetuneConfig
+from graftstack.config.space import Range, check_space, full_key, grid_size, parse_space
 from graftstack.errors import ConfigError
 
 MOST_TRIALS = 100_000
@@ -82,6 +82,8 @@ class AshaConfig:
 class SweepConfig(FinetuneConfig):
     """Many fine-tunings, over freeze depth, learning rate or anything else; what is frozen is computed once for all."""
 
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(min_interval_s=30.0))
+    """How often the state of each trial is saved: at the end of an epoch, at most every min_interval_s."""
     space: dict[str, Any] = field(default_factory=dict)
     """space.KEY=[VALUE,...] for each key that varies; all other keys are the same for each trial."""
     search: SearchName = SearchName.grid
@@ -118,17 +120,31 @@ class SweepConfig(FinetuneConfig):
                 f"space: a grid of {num:,} trials, more than {MOST_TRIALS:,}; shorten a list, or add search=random"
             )
         check_space(self, domains)
-        if self.scheduler is SchedulerName.asha and self.cluster.max_workers > 1:
+        if self.cluster.max_workers > 1:
+            self._check_groups()
+        if self.prune is Prune.probe and self.search is SearchName.optuna:
             raise ConfigError(
-                f"scheduler=asha: a trial of cluster.num_workers={self.cluster.num_workers} trains to its end; use "
-                "scheduler=none, or cluster.num_workers=1"
+                "prune=probe: search=optuna chooses its trials as it goes, so none can be left out beforehand; use "
+                "prune=none, or search=grid or random"
             )
-        self._check_asha(domains.get("epochs"))
+        if self.scheduler is SchedulerName.asha and self.asha.grace_epochs > self.most_epochs:
+            raise ConfigError(
+                f"asha.grace_epochs={self.asha.grace_epochs}: trials end after epochs={self.most_epochs}, before any "
+                "could be stopped; lower it, or raise epochs"
+            )
 
-    def _check_asha(self, epochs: Any) -> None:
-        most = self.epochs if epochs is None else epochs.high if isinstance(epochs, Range) else max(epochs.values)
-        if self.scheduler is SchedulerName.asha and self.asha.grace_epochs > most:
-            raise ConfigError(
-                f"asha.grace_epochs={self.asha.grace_epochs}: trials end after epochs={most}, before any could be "
-                "stopped; lower it, or raise epochs"
-            )
+    def _check_groups(self) -> None:
+        """Raises `ConfigError` for what would end a trial early, while its group of workers trains."""
+        so = f"a trial of cluster.num_workers={self.cluster.num_workers} trains to its end"
+        if self.scheduler is SchedulerName.asha:
+            raise ConfigError(f"scheduler=asha: {so}; use scheduler=none, or cluster.num_workers=1")
+        if self.time_limit_s is not None:
+            raise ConfigError(f"time_limit_s={self.time_limit_s}: {so}; leave it out, or use cluster.num_workers=1")
+
+    @property
+    def most_epochs(self) -> int:
+        """The epochs of the trial that has most."""
+        domain = next((found for name, found in parse_space(self.space).items() if full_key(name) == "epochs"), None)
+        if domain is None:
+            return self.epochs
+        return int(domain.high) if isinstance(domain, Range) else int(max(domain.values))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import torch
 
 from graftstack.finetune.artifact import save_model
 from graftstack.finetune.counting import counting_forwards
@@ -31,7 +32,7 @@ class Outcome(NamedTuple):
     history: tuple[dict[str, float], ...]
     """One row of metrics for each epoch."""
     backbone_forwards: int
-    """Images that went through frozen groups on this rank, counted."""
+    """Images that went through frozen groups, counted, on all ranks together."""
 
 
 class ProgressFile:
@@ -73,13 +74,14 @@ def train_rank(
 
     with counting_forwards(task.model.backbone, freeze_depth=task.freeze_depth) as count:
         trained = Training(task, worker, folder / CHECKPOINTS, on_progress=tell).run()
+    num_forwards = int(worker.gather(torch.tensor([count.num_images])).sum())
     if worker.rank == 0:
         _save_artifacts(task, trained, folder)
     worker.report(trained.metrics)
     artifacts = {"model": MODEL, "val_predictions": VAL_PREDICTIONS}
     if trained.history:
         artifacts |= {"metrics": METRICS, "checkpoints": CHECKPOINTS}
-    return Outcome(trained.metrics, artifacts, _details(task, trained), trained.history, count.num_images)
+    return Outcome(trained.metrics, artifacts, _details(task, trained), trained.history, num_forwards)
 
 
 def _save_artifacts(task: Task, trained: Trained, folder: Folder) -> None:

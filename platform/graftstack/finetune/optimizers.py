@@ -39,9 +39,13 @@ def build_optimizer(model: GraftedModel, config: OptimizerConfig, *, freeze_dept
         param_groups += _with_and_without_decay(
             (parameter for _, parameter in backbone.group_parameters(index)), peak_lr, config
         )
-    head_groups = _with_and_without_decay(model.head.parameters(), config.lr, config)
-    param_groups += [{**group, "is_head": True} for group in head_groups]
+    param_groups += head_groups(model.head.parameters(), config)
     return OPTIMIZERS[config.name](param_groups, config)
+
+
+def head_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Returns the parameter groups of a head."""
+    return [{**group, "is_head": True} for group in _with_and_without_decay(parameters, config.lr, config)]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: float) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ from graftstack.finetune.counting import counting_forwards
 from graftstack.finetune.inference import inference_batch_size
 from graftstack.finetune.inputs import Inputs, TapInputs, TapItems
 from graftstack.finetune.task import Task
-from graftstack.taps.key import CHUNK_ITEMS, TapKey, TapSpec
+from graftstack.taps.key import TapKey, TapSpec
 from graftstack.taps.store import TapStore
-from graftstack.taps.tap import Tap
+from graftstack.taps.tap import Tap, TapMissingError
 
 
 def tap_items(task: Task) -> TapItems:
@@ -85,51 +86,67 @@ def make_shards(
 ) -> PassResult:
     """Runs the images of some shards through the frozen groups and stores what comes out at each boundary.
 
+    One chunk of each boundary is in memory.
+
     Args:
         task: The data and the backbone.
         store: Where the taps lie.
         specs: The taps of the task that are to be made.
         shards: Shard -> positions in `specs` of the taps that lack it.
         device: Where the backbone runs.
-        start: A whole tap that is shallower than all of `specs`, to begin with instead of the images.
+        start: A whole tap that is shallower than all of `specs`, to begin with instead of the images; where it isn't
+            there, the images it is.
         on_shard: Called with the number of items after each shard.
 
     Raises:
         StorageFullError: the disk is full; the shards written before stay.
     """
     began = time.perf_counter()
-    source: Inputs = open_tap(task, store, start) if start else task.images
     model = task.model.to(device)
     model.backbone.freeze(model.backbone.num_groups)
-    with counting_forwards(model.backbone, freeze_depth=model.backbone.num_groups) as count:
+    with (
+        _source(task, store, start) as source,
+        counting_forwards(model.backbone, freeze_depth=model.backbone.num_groups) as count,
+    ):
         for shard, lacking in shards.items():
             wanted = [specs[position] for position in lacking]
-            items = np.asarray(wanted[0].items_of(shard))
-            outputs = _outputs(task, source, items, [spec.key.boundary for spec in wanted], device)
-            for spec, chunks in zip(wanted, outputs, strict=True):
-                store.write_shard(spec, shard, chunks)
-            on_shard(len(items))
+            boundaries = [spec.key.boundary for spec in wanted]
+            chunks = wanted[0].chunks_of(shard)
+            store.write_shards(
+                wanted, shard, (_outputs(task, source, np.asarray(items), boundaries, device) for items in chunks)
+            )
+            on_shard(sum(map(len, chunks)))
     return PassResult(count.num_images, time.perf_counter() - began)
+
+
+@contextmanager
+def _source(task: Task, store: TapStore, start: TapSpec | None) -> Iterator[Inputs]:
+    """Opens what a pass begins with: a tap if it is there, which a node may lack that others have, or the images."""
+    try:
+        tap = None if start is None else store.open(start)
+    except TapMissingError:
+        tap = None
+    if tap is None:
+        yield task.images
+        return
+    with tap:
+        yield tap_inputs(task, tap)
 
 
 @torch.no_grad()
 def _outputs(
     task: Task, source: Inputs, items: np.ndarray, boundaries: Sequence[int], device: torch.device
-) -> list[list[Tensor]]:
-    """Returns for each of the ascending `boundaries` the values of `items`, in chunks, on the CPU."""
+) -> list[Tensor]:
+    """Returns for each of the ascending `boundaries` the values of `items`, a chunk, on the CPU."""
     backbone, layout = task.model.backbone, tap_items(task)
-    chunks: list[list[Tensor]] = [[] for _ in boundaries]
-    for begin in range(0, len(items), CHUNK_ITEMS):
-        pieces: list[list[Tensor]] = [[] for _ in boundaries]
-        for batch in _batches(items[begin : begin + CHUNK_ITEMS], inference_batch_size(task.preprocessing.image_size)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision is Precision.bf16):
-                values, reached = source.prepared(_stored(source, layout, batch), device), source.boundary
-                for position, boundary in enumerate(boundaries):
-                    values, reached = backbone.run_groups(values, reached, boundary), boundary
-                    pieces[position].append(values.cpu())
-        for chunk, piece in zip(chunks, pieces, strict=True):
-            chunk.append(torch.cat(piece))
-    return chunks
+    pieces: list[list[Tensor]] = [[] for _ in boundaries]
+    for batch in _batches(items, inference_batch_size(task.preprocessing.image_size)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision is Precision.bf16):
+            values, reached = source.prepared(_stored(source, layout, batch), device), source.boundary
+            for piece, boundary in zip(pieces, boundaries, strict=True):
+                values, reached = backbone.run_groups(values, reached, boundary), boundary
+                piece.append(values.cpu())
+    return [torch.cat(piece) for piece in pieces]
 
 
 def _batches(items: np.ndarray, size: int) -> Iterator[np.ndarray]:

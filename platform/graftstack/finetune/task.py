@@ -130,14 +130,14 @@ class Workbench:
         self._data: dict[str, ImageData] = {}
         """By the key of the data: as the last seed has split them."""
         self._seeds: dict[str, int] = {}
-        self._grafts: dict[str, _Rootstock] = {}
+        self._backbones: dict[str, _InitialBackbone] = {}
 
     def task(self, config: FinetuneConfig) -> Task:
         """Returns a training with the backbone's initial weights and a new head. Raises as `prepare`."""
         require_known(config.backbone.name)
         preprocessing = _preprocessing(config)
-        rootstock = self._rootstock(config, preprocessing)
-        backbone = rootstock.restored()
+        initial = self._initial_backbone(config, preprocessing)
+        backbone = initial.restored()
         freeze_depth = resolve_depth(config.freeze_depth, backbone)
         if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
             _check_lone_image(config, backbone, preprocessing.image_size, freeze_depth)
@@ -150,16 +150,16 @@ class Workbench:
             model=graft(backbone, num_classes=num_classes, keep_head=config.backbone.keep_head, seed=config.seed),
             preprocessing=preprocessing,
             freeze_depth=freeze_depth,
-            weights_used=rootstock.weights_used,
+            weights_used=initial.weights_used,
         )
 
-    def _rootstock(self, config: FinetuneConfig, preprocessing: Preprocessing) -> "_Rootstock":
+    def _initial_backbone(self, config: FinetuneConfig, preprocessing: Preprocessing) -> "_InitialBackbone":
         is_random = config.backbone.weights == "none"
         own_classes = _key_of(config.data) if config.backbone.keep_head else ""
         key = _key_of(config.backbone, config.runs_dir, preprocessing, own_classes, config.seed if is_random else None)
-        if key not in self._grafts:
-            self._grafts = {key: _read_backbone(config, preprocessing)}  # one at a time: they are large
-        return self._grafts[key]
+        if key not in self._backbones:
+            self._backbones = {key: _read_backbone(config, preprocessing)}  # one at a time: they are large
+        return self._backbones[key]
 
     def _images(self, config: FinetuneConfig, image_size: int) -> ImageData:
         if config.data.features and config.data.image is None:
@@ -174,8 +174,8 @@ class Workbench:
         return self._data[key]
 
 
-class _Rootstock:
-    """A backbone with its initial weights, to be grafted upon again and again."""
+class _InitialBackbone:
+    """A backbone that can be trained again and again, each time from its initial weights."""
 
     def __init__(self, backbone: Backbone, weights_used: str) -> None:
         self._backbone = backbone
@@ -199,14 +199,14 @@ class _Rootstock:
         return backbone
 
 
-def _read_backbone(config: FinetuneConfig, preprocessing: Preprocessing) -> _Rootstock:
+def _read_backbone(config: FinetuneConfig, preprocessing: Preprocessing) -> _InitialBackbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "backbone"))
         backbone = build(config.backbone.name, num_classes=_head_size(config), image_size=preprocessing.image_size)
     resolve_depth(config.freeze_depth, backbone)
     weights_used = _load_weights(config, backbone)
     _check_image_size(backbone, preprocessing.image_size)
-    return _Rootstock(backbone, weights_used)
+    return _InitialBackbone(backbone, weights_used)
 
 
 def _key_of(*parts: Any) -> str:
@@ -281,9 +281,11 @@ def _check_lone_image(config: FinetuneConfig, backbone: Backbone, size: int, fre
     """BatchNorm can't learn from one value a channel: a single image whose map has shrunk to one pixel."""
     trial = copy.deepcopy(backbone)
     trial.freeze(freeze_depth)
+    # Where the training before has left it: on a GPU perhaps.
+    image = torch.zeros(1, 3, size, size, device=next(trial.parameters()).device)
     try:
         with torch.no_grad():
-            trial.train()(torch.zeros(1, 3, size, size))
+            trial.train()(image)
     except ValueError as error:
         num = 2 * config.cluster.max_workers
         raise ConfigError(

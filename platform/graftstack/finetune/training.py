@@ -258,7 +258,7 @@ class Training:
         if ends_epoch:
             self._end_epoch()
         elif saves:
-            self._save()
+            self.save()
 
     def _look_at_losses(self, phase: Phase) -> None:
         """Adds up the losses since the last look; all ranks see the same ones and so fail together."""
@@ -294,14 +294,15 @@ class Training:
         if is_best or self.config.select is Select.last:
             self._selected_logits = logits
         if self._is_save_due():
-            self._save()
+            self.save()
         self._tell(loss=row["train_loss"], lr=None, images_per_s=None)
         self.worker.report(row)
 
     def _is_save_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self.config.checkpoint.min_interval_s
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Saves a checkpoint, on rank 0, of all that the next step depends on. Raises `StorageFullError`."""
         self._saved_at = time.monotonic()
         if self.worker.rank != 0:
             return

@@ -39,7 +39,7 @@ class _PlainSweep:
         self._console = console
         self._job = job
         self._shows_plan = shows_plan
-        self._told: set[int] | None = None
+        self._told: dict[int, TrialResult] | None = None
         self._part = 0
 
     def reading(self, done: int, total: int) -> None:
@@ -67,14 +67,14 @@ class _PlainSweep:
 
     def trials(self, progress: "Progress", total: int) -> None:
         if self._told is None:  # those of an earlier start
-            event = progress.event
-            new = {result.index for result in getattr(event, "results", ())}
-            self._told = set(progress.results) - new
+            new = {result.index for result in getattr(progress.event, "results", ())}
+            self._told = {index: result for index, result in progress.results.items() if index not in new}
             if self._told:
                 self.say(f"{len(self._told)} of {total} trials are over already")
-        for index in sorted(progress.results.keys() - self._told):
-            self.say(trial_line(progress.results[index], total))
-        self._told |= progress.results.keys()
+        for index in sorted(progress.results):
+            if progress.results[index] is not self._told.get(index):  # new, or promoted and over again
+                self.say(trial_line(progress.results[index], total))
+        self._told = dict(progress.results)
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)

@@ -27,10 +27,10 @@ def _depths(plan: "SweepPlan", probes: Sequence["ProbeScore"]) -> Table:
     columns = ["backbone", "depth", "trials", "frozen part", "tap", "seconds", "unshared"]
     found = empty_table(*columns, *(["ridge", "k-NN"] if probes else []))
     for row in plan.depths:
-        score = known.get((row.family, row.freeze_depth))
+        score = known.get((row.trunk, row.boundary))
         scores = ["-", "-"] if score is None else [number(score.ridge), number(score.knn)]
         found.add_row(
-            row.family,
+            row.trunk,
             str(row.freeze_depth),
             f"{row.num_trials} fused" if row.num_units < row.num_trials else str(row.num_trials),
             _WORDS[row.action],

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from graftstack.sweep.ledger import Ledger
@@ -32,9 +32,13 @@ class Progress(NamedTuple):
 class KeepAll:
     """The scheduler that lets every trial train to its end."""
 
-    def keep(self, rows: Mapping[int, Row]) -> list[int]:
+    def keep(self, rows: Mapping[int, Row], *, is_fused: bool) -> list[int]:  # noqa: ARG002 - all alike
         """Returns all of them."""
         return list(rows)
+
+    def promote(self, stopped: Collection[int], *, is_last_chance: bool) -> int | None:  # noqa: ARG002 - none is
+        """Returns None."""
+        return None
 
 
 def drive(
@@ -44,6 +48,7 @@ def drive(
     ledger: Ledger,
     *,
     make_units: MakeUnits,
+    trial_of: Callable[[TrialResult], Trial],
     finished: Mapping[int, TrialResult],
     time_limit_s: float | None,
     max_losses: int,
@@ -57,6 +62,7 @@ def drive(
         scheduler: Asked at the end of each epoch; first it is shown the epochs of `finished`.
         ledger: Holds the row of every trial that is over before the search hears of it.
         make_units: Puts trials that the search gave together into units, the first to start first.
+        trial_of: Makes a trial again from its row.
         finished: Rows of an earlier start: these trials don't run again. Other rows in the ledger count for nothing.
         time_limit_s: After it no unit starts, and those that run end with their epoch. A trial that never started
             has no row. None: no limit.
@@ -67,7 +73,7 @@ def drive(
         StorageFullError: no more rows can be written.
         KeyboardInterrupt: it was interrupted; what is over is on disk.
     """
-    loop = _Loop(search, pool, scheduler, ledger, make_units=make_units, max_losses=max_losses)
+    loop = _Loop(search, pool, scheduler, ledger, make_units=make_units, trial_of=trial_of, max_losses=max_losses)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     try:
         loop.recall(finished)
@@ -86,6 +92,7 @@ class _Loop:
         ledger: Ledger,
         *,
         make_units: MakeUnits,
+        trial_of: Callable[[TrialResult], Trial],
         max_losses: int,
     ) -> None:
         self._search = search
@@ -96,6 +103,9 @@ class _Loop:
         self._max_losses = max_losses
         self._results: dict[int, TrialResult] = {}
         self._outdated: dict[int, TrialResult] = {}
+        self._trial_of = trial_of
+        self._promoted: dict[int, TrialResult] = {}
+        """What trials had reached that were stopped and now train on."""
         self._losses: Counter[int] = Counter()
         self._waiting: deque[Unit] = deque()
         self._running: dict[str, Unit] = {}
@@ -107,7 +117,7 @@ class _Loop:
             self._results[index] = finished[index]
             self._search.tell(finished[index])
         for rows in _by_epoch(finished.values()):
-            self._scheduler.keep(rows)
+            self._scheduler.keep(rows, is_fused=False)
 
     def run(self, deadline: float | None, tell: Callable[[Progress], None]) -> list[TrialResult]:
         """Works until nothing runs and nothing can start; `deadline` is on the clock of `time.monotonic`."""
@@ -117,7 +127,8 @@ class _Loop:
                 self._ask()
                 self._start()
             if not self._running:
-                return [self._results[index] for index in sorted(self._results)]
+                results = {**self._promoted, **self._results}
+                return [results[index] for index in sorted(results)]
             events: list[Event | None] = [*self._pool.wait(_POLL_S)] or [None]
             for event in events:
                 if event is not None:
@@ -128,20 +139,32 @@ class _Loop:
         """Takes all trials that the search gives now."""
         trials = []
         while (trial := self._search.next()) is not None:
-            if trial.index not in self._results:
+            if trial.index not in self._results and trial.index not in self._promoted:
                 trials.append(trial)
         if trials:
             self._waiting.extend(self._make_units(trials))
 
     def _start(self) -> None:
-        while self._waiting and self._pool.num_free:
-            unit = self._waiting.popleft()
+        while self._pool.num_free and (unit := self._next_unit()) is not None:
             self._running[unit.name] = unit
             self._pool.start(unit)
 
+    def _next_unit(self) -> Unit | None:
+        """Returns a trial that was stopped and is promoted; if there is none, the first unit that waits."""
+        stopped = [index for index, result in self._results.items() if result.status == "stopped"]
+        is_last_chance = not self._waiting and not self._running and self._search.is_exhausted
+        promoted = self._scheduler.promote(stopped, is_last_chance=is_last_chance)
+        if promoted is not None:
+            row = self._results.pop(promoted)
+            self._outdated[promoted] = self._promoted[promoted] = row
+            (unit,) = self._make_units([self._trial_of(row)])
+            return unit
+        return self._waiting.popleft() if self._waiting else None
+
     def _handle(self, event: Event, *, is_late: bool) -> None:
         if isinstance(event, EpochEnd):
-            self._pool.go_on(event.unit, [] if is_late else self._scheduler.keep(event.rows))
+            is_fused = len(event.unit.trials) > 1
+            self._pool.go_on(event.unit, [] if is_late else self._scheduler.keep(event.rows, is_fused=is_fused))
             return
         del self._running[event.unit.name]
         if isinstance(event, UnitEnd):
@@ -162,10 +185,10 @@ class _Loop:
             if result is not None and result != self._outdated.get(trial.index):
                 self._record(result)
                 continue
-            self._losses[trial.index] += 1
+            if len(unit.trials) == 1:
+                self._losses[trial.index] += 1
             if self._losses[trial.index] > self._max_losses:
-                error = f"lost {self._losses[trial.index]} times; at last: {reason}"
-                self._record(TrialResult(index=trial.index, params=trial.params, status="failed", error=error))
+                self._record(self._lost(trial, reason))
             else:
                 again.append(trial)
         # Trials that lost their process together may have been too many for its memory: next time they are fewer.
@@ -173,11 +196,19 @@ class _Loop:
         parts = (again[:half], again[half:]) if len(again) > 1 else (again,)
         self._waiting.extendleft(unit._replace(trials=tuple(part)) for part in reversed(parts) if part)
 
+    def _lost(self, trial: Trial, reason: str) -> TrialResult:
+        """Returns the row of a trial that lost its process too often: what it had before its promotion, if anything."""
+        if trial.index in self._promoted:
+            return self._promoted[trial.index]
+        error = f"lost {self._losses[trial.index]} times; at last: {reason}"
+        return TrialResult(index=trial.index, params=trial.params, details=trial.facts, status="failed", error=error)
+
     def _record(self, result: TrialResult) -> None:
         """Makes sure that the row is on disk before anything follows from it."""
         if self._ledger.find(result.index) != result:
             self._ledger.write(result)
         self._results[result.index] = result
+        self._promoted.pop(result.index, None)
         self._search.tell(result)
 
 

@@ -3,13 +3,13 @@
 Each trial keeps what it would have alone: its batches, schedule, decay, clipping, early stop, best epoch and metrics.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -20,12 +20,11 @@ from graftstack.finetune.head_rate import head_rates
 from graftstack.finetune.inference import inference_batch_size
 from graftstack.finetune.metrics import classification_metrics
 from graftstack.finetune.model import without_prefix
-from graftstack.finetune.schedules import lr_factor
 from graftstack.finetune.task import Task
 from graftstack.finetune.training import not_finite
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
-from graftstack.sweep.fused_optimizers import FUSED_OPTIMIZERS
+from graftstack.sweep.fused_member import Member
 
 # What makes a head's output random, or a function of more than its input: such heads train alone.
 _IMPURE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)  # noqa: SLF001 - the public bases of none
@@ -36,8 +35,6 @@ def obstacle_to_fusing(task: Task) -> str | None:
     head = task.model.head
     if task.boundary < task.model.head_boundary:
         return "layer groups train too"
-    if task.config.optimizer.name not in FUSED_OPTIMIZERS:
-        return f"optimizer={task.config.optimizer.name.value} has no fused form"
     if any(isinstance(module, _IMPURE) for module in head.modules()) or next(head.buffers(), None) is not None:
         return "the head has dropout or statistics of its own"
     return None
@@ -49,7 +46,7 @@ def fusing_key(task: Task) -> tuple[Any, ...]:
     shapes = tuple((name, tuple(value.shape)) for name, value in task.model.head.named_parameters())
     splits = task.data.splits
     return (
-        *(config.optimizer.name, config.batch_size * config.accumulate, config.epochs, config.precision, shapes),
+        *(config.batch_size * config.accumulate, config.epochs, config.precision, shapes),
         *(len(splits.train), len(splits.val), task.preprocessing.image_size),
     )
 
@@ -62,51 +59,6 @@ class Ended(NamedTuple):
     """The epoch that the weights are from, counted from 1; 0 if there was none."""
     metrics: dict[str, float]
     """Validation metrics of the weights."""
-
-
-class _Member:
-    """One trial of the fused ones: what isn't a tensor."""
-
-    def __init__(self, index: int, name: str, task: Task) -> None:
-        self.index = index
-        self.name = name
-        self.task = task
-        self.head_rate = 1.0
-        self.history: list[dict[str, float]] = []
-        self.best_epoch = 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has gone without a better accuracy for as long as it may."""
-        patience = self.task.config.early_stop
-        return patience is not None and len(self.history) - self.best_epoch >= patience
-
-    def lr(self, step: int) -> float:
-        """Returns the learning rate of the last layer group at `step`."""
-        phase = next(phase for phase in self.task.phases if step < phase.stop)
-        num_steps = phase.schedule_stop - phase.schedule_start
-        config = self.task.config
-        return config.optimizer.lr * lr_factor(config.schedule, step=step - phase.schedule_start, num_steps=num_steps)
-
-    @property
-    def selected_epoch(self) -> int:
-        """The epoch whose weights are the result, counted from 1; 0 if there was none."""
-        return self.best_epoch if self.task.config.select is Select.best else len(self.history)
-
-    @property
-    def selected_metrics(self) -> dict[str, float]:
-        """The validation metrics of that epoch."""
-        row = self.history[self.selected_epoch - 1]
-        return {name: value for name, value in row.items() if name not in ("epoch", "train_loss")}
-
-    def end_epoch(self, train_loss: float, logits: Tensor, labels: Tensor) -> bool:
-        """Adds a row to the history; returns whether it is the best."""
-        row = {"epoch": len(self.history) + 1, "train_loss": train_loss, **classification_metrics(logits, labels)}
-        best = self.history[self.best_epoch - 1]["accuracy"] if self.best_epoch else -1.0
-        self.history.append(row)
-        if row["accuracy"] > best:
-            self.best_epoch = len(self.history)
-        return self.best_epoch == len(self.history)
 
 
 class _Cohort(NamedTuple):
@@ -126,6 +78,7 @@ class FusedTraining:
         checkpoints: Folder,
         *,
         names: Mapping[int, str] | None = None,
+        others: Sequence[Folder] = (),
     ) -> None:
         """Makes the heads, stacked.
 
@@ -134,19 +87,19 @@ class FusedTraining:
             device: Where they train.
             checkpoints: Where the state of all is kept.
             names: What tells a trial from another that may once have had its index.
+            others: Where other units keep theirs: from that of one that these trials were part of, they go on too.
         """
-        self._members = [_Member(index, (names or {}).get(index, ""), task) for index, task in tasks.items()]
+        self._members = [Member(index, (names or {}).get(index, ""), task) for index, task in tasks.items()]
         self._device = device
         self._store = CheckpointStore(checkpoints, num_to_keep=1)
+        self._others = [CheckpointStore(folder, num_to_keep=1) for folder in others]
         self._saved_at = time.monotonic()
-        heads = [dict(member.task.model.head.named_parameters()) for member in self._members]
-        self._params = {
-            name: torch.stack([head[name].detach() for head in heads]).to(device).requires_grad_() for name in heads[0]
-        }
-        self._best = {name: value.detach().clone() for name, value in self._params.items()}
-        self._optimizer = FUSED_OPTIMIZERS[self._first.config.optimizer.name](
-            self._params, [member.task.config.optimizer for member in self._members]
+        self._step = 0
+        names_of_params = self._members[0].params
+        self._stack_up(
+            {name: torch.stack([member.params[name].detach() for member in self._members]) for name in names_of_params}
         )
+        self._best = {name: value.detach().clone() for name, value in self._params.items()}
         self._head = self._first.model.head.to(device)
         self._regroup()
         self.failures: dict[int, Exception] = {}
@@ -163,12 +116,12 @@ class FusedTraining:
         Between two epochs `drop` may take members out. Ends when no member has anything left to train.
         """
         self._resume()
-        if self._optimizer.num_steps == 0:
+        if self._step == 0:
             worker = LocalWorker(self._device)
             for member in self._members:
                 member.head_rate = head_rates(member.task, worker)[1]
         first = self._first
-        while self._members and self._optimizer.num_steps < first.num_steps:
+        while self._members and self._step < first.num_steps:
             self._run_epoch()
             if self._members:
                 yield {member.index: member.history[-1] for member in self._members}
@@ -205,9 +158,8 @@ class FusedTraining:
             return
         self._members = [self._members[position] for position in kept]
         positions = torch.tensor(kept, dtype=torch.long, device=self._device)
-        self._params = {name: value.detach()[positions].requires_grad_() for name, value in self._params.items()}
+        self._stack_up({name: value.detach()[positions] for name, value in self._params.items()})
         self._best = {name: value[positions] for name, value in self._best.items()}
-        self._optimizer.narrow(positions)
         self._regroup()
 
     def time_step(self, *, num: int = 5) -> float:
@@ -237,6 +189,12 @@ class FusedTraining:
     def _first(self) -> Task:
         return self._members[0].task
 
+    def _stack_up(self, params: Mapping[str, Tensor]) -> None:
+        """Takes the heads of all members, [G, ...], and makes the members' own parameters their entries."""
+        self._params = {name: value.to(self._device).requires_grad_() for name, value in params.items()}
+        for position, member in enumerate(self._members):
+            member.move_into(self._params, position)
+
     def _regroup(self) -> None:
         """Notes who shares batches, and the settings of all as vectors [G]."""
         cohorts: dict[tuple[int, bytes, bytes], _Cohort] = {}
@@ -247,7 +205,6 @@ class FusedTraining:
         self._cohorts = list(cohorts.values())
         configs = [member.task.config for member in self._members]
         self._smoothing = self._vector([config.label_smoothing for config in configs])
-        self._max_norm = self._vector([config.clip_grad_norm or math.inf for config in configs])
         if configs:
             self._class_weights = torch.stack([member.task.class_weights for member in self._members]).to(self._device)
 
@@ -255,7 +212,7 @@ class FusedTraining:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
     def _run_epoch(self) -> None:
-        begin = self._optimizer.num_steps
+        begin = self._step
         steps = range(begin, begin + self._first.steps_per_epoch)
         losses = [self._run_step(step, values, labels) for step, values, labels in self._steps(steps)]
         self._end_epoch(torch.stack(losses).double().cpu(), begin)
@@ -277,22 +234,38 @@ class FusedTraining:
         loss = self._loss(logits, self._of_members(labels))
         names = list(self._params)
         found = torch.autograd.grad(loss.sum(), [self._params[name] for name in names])
-        grads = dict(zip(names, found, strict=True))
-        with torch.no_grad():
-            self._clip(grads)
-            rates = self._vector([member.lr(step) * member.head_rate for member in self._members])
-            self._optimizer.step(self._params, grads, rates)
+        # Fused optimisers go through parameter and gradient in the order of their memory, and never ask.
+        found = tuple(grad.contiguous() for grad in found)
+        for position, member in enumerate(self._members):
+            member.update(step, {name: grad[position] for name, grad in zip(names, found, strict=True)})
+        self._step = step + 1
         return loss.detach()
 
     def _logits(self, params: Mapping[str, Tensor], values: list[Tensor]) -> Tensor:
         """Returns the logits of all members: fp32, [G, B, num_classes]; `values` are those of the cohorts, [B, ...]."""
-        is_shared = len(values) == 1
-        together = values[0] if is_shared else self._of_members(values)
         enabled = self._first.config.precision is Precision.bf16
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled):
+            if type(self._head) is nn.Linear:
+                return self._linear(params["weight"], params["bias"], values).float()
+            is_shared = len(values) == 1
             run = vmap(lambda own, x: functional_call(self._head, own, (x,)), in_dims=(0, None if is_shared else 0))
-            logits: Tensor = run(dict(params), together)
-        return logits.float()
+            logits: Tensor = run(dict(params), values[0] if is_shared else self._of_members(values))
+            return logits.float()
+
+    def _linear(self, weight: Tensor, bias: Tensor, values: list[Tensor]) -> Tensor:
+        """Returns what `vmap` of a linear layer would, in the very bits of the layers one by one.
+
+        Members that see the same rows are one layer of G * num_classes outputs; others are one batched product.
+
+        Args:
+            weight: [G, num_classes, D].
+            bias: [G, num_classes].
+            values: Of each cohort, [B, D].
+        """
+        if len(values) == 1:
+            together = F.linear(values[0], weight.flatten(0, 1), bias.flatten())
+            return together.view(-1, *bias.shape).transpose(0, 1)
+        return torch.baddbmm(bias[:, None, :], self._of_members(values), weight.transpose(1, 2))
 
     def _of_members(self, of_cohorts: list[Tensor]) -> Tensor:
         """Returns what each member sees, [G, ...], from what each cohort sees."""
@@ -311,19 +284,11 @@ class FusedTraining:
         log_p = logits.log_softmax(dim=2)
         weights = self._class_weights  # [G, C]
         of_rows = weights.gather(1, labels)  # [G, B]
-        of_label = -(log_p.gather(2, labels[:, :, None])[:, :, 0] * of_rows).sum(dim=1)
-        of_all = -(log_p * weights[:, None, :]).sum(dim=(1, 2)) / logits.shape[2]
-        total = (1 - self._smoothing) * of_label + self._smoothing * of_all
-        return total / of_rows.sum(dim=1)
-
-    def _clip(self, grads: dict[str, Tensor]) -> None:
-        """Scales down each member's gradient to its largest norm, as `clip_grad_norm_` does."""
-        if not torch.isfinite(self._max_norm).any():
-            return
-        norm = torch.stack([grad.flatten(1).square().sum(dim=1) for grad in grads.values()]).sum(dim=0).sqrt()
-        factor = torch.where(torch.isinf(self._max_norm), 1.0, self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads.values():
-            grad.mul_(factor.view(-1, *(1 for _ in grad.shape[1:])))
+        total = -(log_p.gather(2, labels[:, :, None])[:, :, 0] * of_rows).sum(dim=1)
+        if self._smoothing.any():
+            of_all = -(log_p * weights[:, None, :]).sum(dim=(1, 2)) / logits.shape[2]
+            total = (1 - self._smoothing) * total + self._smoothing * of_all
+        return total * of_rows.sum(dim=1).double().reciprocal().float()  # a factor, as the loop of one trial has it
 
     def _end_epoch(self, losses: Tensor, first_step: int) -> None:
         """Takes out who diverged and adds a row for all others; `losses` is fp64, [steps, G]."""
@@ -346,9 +311,8 @@ class FusedTraining:
             of_member = losses[:, position]
             if not torch.isfinite(of_member).all():
                 step = int((~torch.isfinite(of_member)).nonzero()[0])
-                self.failures[member.index] = not_finite(
-                    float(of_member[step]), step=first_step + step, lr=member.lr(first_step + step)
-                )
+                lr = member.task.config.optimizer.lr * member.lr_factor(first_step + step)
+                self.failures[member.index] = not_finite(float(of_member[step]), step=first_step + step, lr=lr)
         self.drop([index for index in self.failures if index in self.indices])
 
     @torch.no_grad()
@@ -367,50 +331,40 @@ class FusedTraining:
         return torch.cat(pieces, dim=1)
 
     def _save(self) -> None:
-        members = [
-            {
-                "index": m.index,
-                "name": m.name,
-                "history": m.history,
-                "best_epoch": m.best_epoch,
-                "head_rate": m.head_rate,
-            }
-            for m in self._members
-        ]
         tensors = {f"params/{name}": value.detach() for name, value in self._params.items()}
         tensors |= {f"best/{name}": value for name, value in self._best.items()}
-        for slot, values in self._optimizer.slots.items():
-            tensors |= {f"{slot}/{name}": value for name, value in values.items()}
-        meta = {"members": members, "fingerprint": self._first.data.fingerprint}
-        self._store.save(Checkpoint(self._optimizer.num_steps, tensors, meta))
+        for member in self._members:
+            tensors |= {f"member/{member.index}/{slot}": value for slot, value in member.tensors().items()}
+        meta = {"members": [member.facts() for member in self._members], "fingerprint": self._first.data.fingerprint}
+        self._store.save(Checkpoint(self._step, tensors, meta))
         self._saved_at = time.monotonic()
 
-    def _resume(self) -> None:
-        """Continues from the last checkpoint of these members, or of more: some may be over since."""
-        checkpoint = self._store.latest()
+    def _usable(self, store: CheckpointStore, wanted: Sequence[tuple[int, str]]) -> Checkpoint | None:
+        checkpoint = store.latest()
         if checkpoint is None or checkpoint.meta["fingerprint"] != self._first.data.fingerprint:
-            return
-        saved = {
-            (member["index"], member["name"]): (position, member)
-            for position, member in enumerate(checkpoint.meta["members"])
-        }
+            return None
+        return checkpoint if set(wanted) <= set(_identities(checkpoint)) else None
+
+    def _resume(self) -> None:
+        """Continues from the furthest checkpoint of these members, or of more: some may be over since."""
         wanted = [(member.index, member.name) for member in self._members]
-        if not set(wanted) <= saved.keys():
+        found = [checkpoint for store in (self._store, *self._others) if (checkpoint := self._usable(store, wanted))]
+        if not found:
             return
-        positions = torch.tensor([saved[key][0] for key in wanted])
+        checkpoint = max(found, key=lambda checkpoint: checkpoint.step)
+        saved = _identities(checkpoint)
+        positions = torch.tensor([saved.index(key) for key in wanted])
+        params, best = (without_prefix(checkpoint.tensors, prefix) for prefix in ("params/", "best/"))
+        self._step = checkpoint.step
+        self._stack_up({name: value[positions] for name, value in params.items()})
+        self._best = {name: value[positions].to(self._device) for name, value in best.items()}
+        for member, position in zip(self._members, positions.tolist(), strict=True):
+            own = without_prefix(checkpoint.tensors, f"member/{member.index}/")
+            member.restore(checkpoint.meta["members"][position], own)
 
-        def restored(prefix: str) -> dict[str, Tensor]:
-            found = without_prefix(checkpoint.tensors, f"{prefix}/")
-            return {name: value[positions].to(self._device) for name, value in found.items()}
 
-        self._params = {name: value.requires_grad_() for name, value in restored("params").items()}
-        self._best = restored("best")
-        self._optimizer.num_steps = checkpoint.step
-        self._optimizer.slots = {slot: restored(slot) for slot in self._optimizer.slots}
-        for member, key in zip(self._members, wanted, strict=True):
-            kept = saved[key][1]
-            member.history, member.best_epoch = kept["history"], kept["best_epoch"]
-            member.head_rate = kept["head_rate"]
+def _identities(checkpoint: Checkpoint) -> list[tuple[int, str]]:
+    return [(facts["index"], facts["name"]) for facts in checkpoint.meta["members"]]
 
 
 def _val_labels(task: Task) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import PurePosixPath
@@ -60,6 +61,23 @@ class Ledger:
         with ThreadPoolExecutor(1 if self.folder.is_local else _NUM_READERS) as readers:
             found = readers.map(self.find, indices)
             return {result.index: result for result in found if result is not None}
+
+
+def trial_rows(results: Iterable[TrialResult]) -> list[dict[str, Any]]:
+    """Returns what ``runs show RUN --json`` says of each trial that is over."""
+    return [
+        {
+            "trial": result.index,
+            **{key: result.details[key] for key in ("freeze_depth", "lr") if key in result.details},
+            **result.params,
+            "status": result.status,
+            "metrics": result.metrics,
+            "seconds": result.seconds,
+            "epochs": result.epochs,
+            **({"error": result.error} if result.error else {}),
+        }
+        for result in results
+    ]
 
 
 def _file_name(index: int) -> str:

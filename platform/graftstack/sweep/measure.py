@@ -37,9 +37,9 @@ class Forward(NamedTuple):
 
     rates: Rates
     prefix_s: dict[int, float]
-    """Boundary -> seconds an image, from its pixels to there."""
+    """Boundary -> seconds an image, from its pixels to there; of all boundaries down to the deepest asked for."""
     samples: dict[int, Tensor]
-    """Boundary -> the values of the images that were measured, [B, ...]."""
+    """Boundary asked for -> the values of the images that were measured, [B, ...]."""
 
 
 class Suffix(NamedTuple):
@@ -49,6 +49,10 @@ class Suffix(NamedTuple):
     """Seconds of a step, all fused trials together; reading or computing its inputs is left out."""
     val_s: float
     """Seconds a validation row, all fused trials together."""
+
+    def scaled(self, factor: float) -> "Suffix":
+        """Returns what `factor` times as many fused trials cost."""
+        return Suffix(self.step_s * factor, self.val_s * factor)
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ def measure_forward(task: Task, boundaries: Sequence[int], *, dtype: str, device
     values, samples, prefix_s = images.prepared(images.plain(rows), device), {}, {0: 0.0}
     reached, elapsed = 0, 0.0
     with torch.autocast(device.type, torch.bfloat16, enabled=task.config.precision is Precision.bf16):
-        for boundary in sorted(set(boundaries) - {0}):
+        for boundary in range(1, max(boundaries, default=0) + 1):
             before, begin = values, reached
             elapsed += _seconds(lambda: backbone.run_groups(before, begin, boundary), device) / len(rows)  # noqa: B023 - called at once
             values, reached = backbone.run_groups(values, reached, boundary), boundary
-            prefix_s[boundary], samples[boundary] = elapsed, values.cpu()
+            prefix_s[boundary] = elapsed
+            if boundary in boundaries:
+                samples[boundary] = values.cpu()
     read_s, write_s = _rates(task, samples, dtype)
     return Forward(Rates(decode_s=decode_s, read_s_per_byte=read_s, write_s_per_byte=write_s), prefix_s, samples)
 

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+import torch
 
+from graftstack.config.schema import Precision
 from graftstack.errors import TrainingError
 from graftstack.finetune.artifact import load_model, save_model
 from graftstack.finetune.inference import predict_logits
@@ -26,32 +28,13 @@ def best_of(results: Iterable[TrialResult]) -> TrialResult:
     rows = list(results)
     ended = [result for result in rows if result.status in ("done", "stopped") and result.metrics]
     if not ended:
-        reasons = [result.error for result in rows if result.error]
+        reasons = [result.error for result in rows if result.status == "failed"]
         raise TrainingError(
             f"no trial ended with a model; the first of {len(reasons)} failed ones: {reasons[0]}"
             if reasons
             else "no trial was begun within time_limit_s; raise it"
         )
     return max(ended, key=lambda result: (result.metrics["accuracy"], -result.metrics["loss"], -result.index))
-
-
-def trial_rows(trials: Iterable[Trial], results: Iterable[TrialResult]) -> list[dict[str, Any]]:
-    """Returns what ``runs show RUN --json`` says of each trial that is over, in their order."""
-    configs = {trial.index: trial.config for trial in trials}
-    return [
-        {
-            "trial": result.index,
-            "freeze_depth": configs[result.index].freeze_depth,
-            "lr": configs[result.index].optimizer.lr,
-            **result.params,
-            "status": result.status,
-            "metrics": result.metrics,
-            "seconds": result.seconds,
-            "epochs": result.epochs,
-            **({"error": result.error} if result.error else {}),
-        }
-        for result in results
-    ]
 
 
 def save_outcome(task: Task, best: Trial, results: Sequence[TrialResult], folder: Folder) -> dict[str, str]:
@@ -71,14 +54,15 @@ def save_outcome(task: Task, best: Trial, results: Sequence[TrialResult], folder
         folder.write(METRICS, parquet_bytes(pa.Table.from_pylist(rows)))
     model = _model_of(task, folder / "trials", best)
     val = task.data.splits.val
-    logits = predict_logits(
-        model,
-        task.inputs,
-        val,
-        LocalWorker(),
-        image_size=task.preprocessing.image_size,
-        num_classes=len(task.data.class_names),
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=task.config.precision is Precision.bf16):
+        logits = predict_logits(
+            model,
+            task.inputs,
+            val,
+            LocalWorker(),
+            image_size=task.preprocessing.image_size,
+            num_classes=len(task.data.class_names),
+        )
     folder.write(VAL_PREDICTIONS, parquet_bytes(prediction_table(logits, task.data, val)))
     save_model(folder / MODEL, model, task.card)
     artifacts = {"model": MODEL, "val_predictions": VAL_PREDICTIONS, "trials": "trials"}

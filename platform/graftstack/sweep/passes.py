@@ -1,9 +1,10 @@
 """Making the taps of a sweep: what is missing, in one pass, by one maker at a time."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from graftstack.errors import GraftstackError, StorageFullError
 from graftstack.finetune.tapping import PassResult
 from graftstack.sweep.plan import Pass
 from graftstack.sweep.trials import Trial
@@ -20,8 +21,16 @@ class ShardCall(NamedTuple):
     start: TapSpec | None
 
 
-class NoRoomError(Exception):
-    """The taps don't fit into their budget beside those that are in use."""
+class NoRoomError(GraftstackError):
+    """Taps find no room, in their budget or on the disk; nothing of them is left there.
+
+    Attributes:
+        lacking: Those that aren't whole; the other taps of the pass are.
+    """
+
+    def __init__(self, why: str, lacking: list[TapSpec]) -> None:
+        super().__init__(why)
+        self.lacking = lacking
 
 
 def make_pass(
@@ -29,6 +38,7 @@ def make_pass(
     store: TapStore,
     *,
     make: Callable[[Sequence[ShardCall]], Sequence[PassResult]],
+    keep: Collection[str] = (),
 ) -> int:
     """Makes what is missing of the taps of a pass; returns how many images went through the frozen part for it.
 
@@ -39,32 +49,44 @@ def make_pass(
         wanted: The taps.
         store: Where they lie.
         make: Makes shards, one call each, in any order and wherever there is room.
+        keep: Digests of taps that don't give way to those of this pass.
 
     Raises:
-        NoRoomError: other taps in use leave too little of `taps.budget_bytes`, or of the disk.
-        StorageFullError: the disk became full.
+        NoRoomError: other taps in use leave too little of `taps.budget_bytes`, or of the disk, or that became full.
     """
-    by_boundary = dict(sorted(wanted.specs.items()))
-    with store.making(by_boundary.values()):
-        missing = {boundary: store.missing_shards(spec) for boundary, spec in by_boundary.items()}
-        lacking = [boundary for boundary, shards in missing.items() if shards]
+    specs = [spec for _, spec in sorted(wanted.specs.items())]
+    known = [*specs, wanted.start] if wanted.start else specs
+    with store.making(known):
+        missing = {spec: store.missing_shards(spec) for spec in specs}
+        lacking = {spec: shards for spec, shards in missing.items() if shards}
         if not lacking:
             return 0
-        num_bytes = sum(
-            len(by_boundary[boundary].items_of(shard)) * by_boundary[boundary].item_bytes
-            for boundary in lacking
-            for shard in missing[boundary]
-        )
-        if not store.make_room(num_bytes, keep=[spec.key.digest for spec in by_boundary.values()]):
-            raise NoRoomError
-        whole = [boundary for boundary in by_boundary if boundary < lacking[0]]
-        start = by_boundary[whole[-1]] if whole else None
-        specs = [by_boundary[boundary] for boundary in lacking]
-        positions: dict[int, list[int]] = defaultdict(list)
-        for position, boundary in enumerate(lacking):
-            for shard in missing[boundary]:
-                positions[shard].append(position)
-        results = make(
-            [ShardCall(wanted.trial, specs, {shard: positions[shard]}, start) for shard in sorted(positions)]
-        )
+        if not store.make_room(_num_bytes(lacking), keep={*keep, *(spec.key.digest for spec in known)}):
+            raise NoRoomError("taps in use leave too little of taps.budget_bytes", list(lacking))
+        start = _start([spec for spec in known if spec not in lacking], store, before=next(iter(lacking)))
+        try:
+            results = make(_calls(wanted.trial, lacking, start))
+        except StorageFullError as error:
+            for spec in lacking:  # while nobody else counts on them
+                store.remove(spec)
+            raise NoRoomError(str(error), list(lacking)) from error
         return sum(result.num_forwards for result in results)
+
+
+def _num_bytes(lacking: Mapping[TapSpec, Sequence[int]]) -> int:
+    return sum(len(spec.items_of(shard)) * spec.item_bytes for spec, shards in lacking.items() for shard in shards)
+
+
+def _start(candidates: Sequence[TapSpec], store: TapStore, *, before: TapSpec) -> TapSpec | None:
+    """Returns the deepest whole tap that is shallower than all that are to be made, or None."""
+    shallower = [spec for spec in candidates if spec.key.boundary < before.key.boundary]
+    by_depth = sorted(shallower, key=lambda spec: spec.key.boundary, reverse=True)
+    return next((spec for spec in by_depth if store.is_complete(spec)), None)
+
+
+def _calls(trial: Trial, lacking: Mapping[TapSpec, Sequence[int]], start: TapSpec | None) -> list[ShardCall]:
+    positions: dict[int, list[int]] = defaultdict(list)
+    for position, shards in enumerate(lacking.values()):
+        for shard in shards:
+            positions[shard].append(position)
+    return [ShardCall(trial, list(lacking), {shard: positions[shard]}, start) for shard in sorted(positions)]

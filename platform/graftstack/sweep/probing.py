@@ -12,7 +12,8 @@ from graftstack.finetune.inference import inference_batch_size
 from graftstack.finetune.inputs import Inputs, Rows
 from graftstack.finetune.tapping import open_tap
 from graftstack.finetune.task import Task, Workbench
-from graftstack.sweep.plan import Pass, Planner
+from graftstack.sweep.plan import Pass
+from graftstack.sweep.planner import Planner
 from graftstack.sweep.probe import ProbeScore, hopeless, knn_accuracy, pooled, ridge_accuracy
 from graftstack.sweep.trials import Trial, TrialResult
 from graftstack.taps.store import TapStore

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 
 from graftstack.config.sweep import TapsConfig
-from graftstack.errors import GraftstackError, OutOfMemoryError, StorageFullError
+from graftstack.errors import ConfigError, DataError, OutOfMemoryError, TrainingError
 from graftstack.finetune.counting import ForwardCount, counting_forwards
 from graftstack.finetune.model import GraftedModel
 from graftstack.finetune.tapping import PassResult, make_shards, tap_inputs
@@ -28,6 +28,8 @@ from graftstack.taps.store import TapStore
 from graftstack.taps.tap import Tap, TapMissingError
 
 WEIGHTS = "trained.safetensors"
+FUSED = "fused-"
+"""How the folders begin in which fused units save their state."""
 
 _Answers = Generator[dict[int, dict[str, float]], Sequence[int], None]
 """Yields the rows of an epoch, is sent the trials that go on."""
@@ -42,6 +44,8 @@ class RunnerSettings:
     taps: TapsConfig
     cache_dir: str | None
     is_on_gpu: bool
+    may_promote: bool = False
+    """Whether a trial that is stopped may be told later to train on."""
 
     @property
     def device_here(self) -> torch.device:
@@ -57,10 +61,21 @@ class RunnerSettings:
 class TrialRunner:
     """The `Runner` of this package: a single trial trains as any fine-tuning, several as fused heads."""
 
-    def __init__(self, settings: RunnerSettings, *, workbench: Workbench | None = None) -> None:
+    def __init__(
+        self, settings: RunnerSettings, *, workbench: Workbench | None = None, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            settings: What trains where.
+            workbench: Data and backbones that were read before.
+            beat: Called often while a trial trains.
+        """
+        self._beat = beat
         self._folder = Folder(settings.trials_folder)
         self._ledger = Ledger(self._folder)
         self._store = settings.store
+        self._may_promote = settings.may_promote
         self._device = torch.device("cuda" if settings.is_on_gpu else "cpu")
         self._workbench = workbench or Workbench()
         self._unit: Unit | None = None
@@ -93,11 +108,10 @@ class TrialRunner:
             rows = next(self._answers) if keep is None else self._answers.send(keep)
         except StopIteration:
             return UnitEnd(self._unit, tuple(self._results.values()))
-        except StorageFullError:
-            raise
-        except (GraftstackError, RuntimeError, ValueError, MemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError | OutOfMemoryError) and len(self._unit.trials) > 1:
-                raise  # each half of them may have room: who drives decides
+        except (TrainingError, OutOfMemoryError, ConfigError, DataError) as error:
+            # It would meet the same again. All else is raised: another process, or half of the unit, may do better.
+            if isinstance(error, OutOfMemoryError) and len(self._unit.trials) > 1:
+                raise
             for trial in self._unit.trials:
                 if trial.index not in self._results:
                     self._record(trial, _failed(trial, error))
@@ -112,27 +126,30 @@ class TrialRunner:
         with ExitStack() as stack:
             task = self._task(trial, self._tap(unit, stack))
             count = stack.enter_context(counting_forwards(task.model.backbone, freeze_depth=task.freeze_depth))
-            training = Training(task, LocalWorker(self._device), checkpoints)
+            training = Training(task, LocalWorker(self._device), checkpoints, on_progress=lambda _: self._beat())
             status: Status = "done"
             for row in training.epochs():
                 if trial.index not in (yield {trial.index: row}):
                     status = _status(len(training.position.history), task)
                     break
+            if status == "stopped" and self._may_promote:
+                training.save()
             trained = training.finish()
             self._save_weights(trial, task.model, above=task.freeze_depth)
             self._record(trial, _result(trial, status, trained, time.perf_counter() - began, count))
-        checkpoints.remove_all()
+        if status == "done" or not self._may_promote:
+            checkpoints.remove_all()
 
     def _train_fused(self, unit: Unit) -> _Answers:
         began = time.perf_counter()
         by_index = {trial.index: trial for trial in unit.trials}
-        assert unit.tap is not None, "only what reads one tap is fused"
-        checkpoints = self._folder / f"fused-{unit.tap.key.digest}"
+        names = {trial.index: _digest(trial.params) for trial in unit.trials}
+        checkpoints = self._folder / f"{FUSED}{_digest({str(index): name for index, name in names.items()})}"
         with ExitStack() as stack:
             tap = self._tap(unit, stack)
             tasks = {index: self._task(trial, tap) for index, trial in by_index.items()}
-            names = {trial.index: _digest(trial.params) for trial in unit.trials}
-            fused = FusedTraining(tasks, self._device, checkpoints, names=names)
+            others = [self._folder / name for name in self._folder.names() if name.startswith(FUSED)]
+            fused = FusedTraining(tasks, self._device, checkpoints, names=names, others=others)
 
             def end(indices: Sequence[int], status: Status) -> None:
                 share_s = (time.perf_counter() - began) / len(by_index)
@@ -140,18 +157,19 @@ class TrialRunner:
                     self._save_weights(by_index[index], tasks[index].model, above=tasks[index].freeze_depth)
                     self._record(by_index[index], _result(by_index[index], status, trained, share_s, ForwardCount()))
 
-            for rows in fused.epochs():
-                keep = yield rows
+            def fail() -> None:
                 for index, error in fused.failures.items():
                     if index not in self._results:
                         self._record(by_index[index], _failed(by_index[index], error))
+
+            for rows in fused.epochs():
+                keep = yield rows
+                fail()
                 is_last = next(iter(rows.values()))["epoch"] >= unit.trials[0].config.epochs
                 end([index for index in fused.over if index in keep], "done")
                 if not is_last:
                     end([index for index in fused.indices if index not in keep], "stopped")
-            for index, error in fused.failures.items():
-                if index not in self._results:
-                    self._record(by_index[index], _failed(by_index[index], error))
+            fail()
             end(fused.indices, "done")
         checkpoints.remove_all()
 
@@ -186,6 +204,10 @@ class TrialRunner:
 
     def _record(self, trial: Trial, result: TrialResult) -> None:
         made, self._forwards_of_taps = self._forwards_of_taps, 0
+        before = self._ledger.find(trial.index) if self._may_promote else None
+        if before is not None and before.params == trial.params and before.status == "stopped":
+            result = replace(result, seconds=before.seconds + result.seconds)
+            made += before.backbone_forwards
         result = replace(result, backbone_forwards=result.backbone_forwards + made)
         self._ledger.write(result)
         self._results[trial.index] = result
@@ -218,10 +240,11 @@ def _result(trial: Trial, status: Status, trained: Trained | Ended, seconds: flo
         epochs=len(history),
         seconds=round(seconds, 4),
         backbone_forwards=count.num_images,
-        details={"best_epoch": trained.epoch},
+        details={**trial.facts, "best_epoch": trained.epoch},
     )
 
 
 def _failed(trial: Trial, error: BaseException) -> TrialResult:
-    message = reason(error) if isinstance(error, GraftstackError) else f"{type(error).__name__}: {reason(error)}"
-    return TrialResult(index=trial.index, params=trial.params, status="failed", error=message)
+    return TrialResult(
+        index=trial.index, params=trial.params, details=trial.facts, status="failed", error=reason(error)
+    )

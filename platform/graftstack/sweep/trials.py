@@ -1,6 +1,6 @@
 """What a sweep is made of: trials, the units in which they train, and what is told of them while they do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -30,6 +30,11 @@ class Trial:
         """The name of its folder."""
         return f"{self.index:05d}"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every row says of its trial, whether or not it is in the space."""
+        return {"freeze_depth": self.config.freeze_depth, "lr": self.config.optimizer.lr}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
@@ -48,6 +53,7 @@ class TrialResult:
     backbone_forwards: int = 0
     """Images that went through the frozen part, counted."""
     details: dict[str, Any] = field(default_factory=dict)
+    """`Trial.facts`, and what else is worth knowing."""
     error: str | None = None
 
 
@@ -129,8 +135,18 @@ class Pool(Protocol):
 class Scheduler(Protocol):
     """Decides after each epoch which trials are worth more of them."""
 
-    def keep(self, rows: Mapping[int, Row]) -> list[int]:
-        """Returns those of the trials (index -> metrics of the epoch that has just ended) that go on."""
+    def keep(self, rows: Mapping[int, Row], *, is_fused: bool) -> list[int]:
+        """Returns those of the trials (index -> metrics of the epoch that has just ended) that go on; others stop.
+
+        `is_fused` says that they began as trials that train fused, however many of them are left.
+        """
+        ...
+
+    def promote(self, stopped: Collection[int], *, is_last_chance: bool) -> int | None:
+        """Returns one of the stopped trials that is to train on after all, from where it stopped, or None.
+
+        Asked whenever there is room; `is_last_chance` says that nothing else trains or can begin.
+        """
         ...
 
 

@@ -84,14 +84,23 @@ def compute_s(boundary: Boundary, demand: Demand, rates: Rates) -> float:
     return (demand.uncached_train_uses + demand.uncached_val_uses) * (rates.decode_s + boundary.prefix_s)
 
 
-def making_s(taps: Iterable[Boundary], rates: Rates, *, num_items: int) -> float:
-    """Returns the seconds of the one pass that makes `taps`, writes included; 0 for none."""
+def making_s(taps: Iterable[Boundary], rates: Rates, *, num_items: int, start: Boundary | None = None) -> float:
+    """Returns the seconds of the one pass that makes `taps`, writes included; 0 for none.
+
+    Args:
+        taps: those that are made.
+        rates: of the machine.
+        num_items: items that each holds.
+        start: a stored tap shallower than all of them, with which the pass begins instead of the images.
+    """
     made = tuple(taps)
     if not made:
         return 0.0
     deepest_s = max(tap.prefix_s for tap in made)
     writes_s = sum(tap.item_bytes for tap in made) * rates.write_s_per_byte
-    return num_items * (rates.decode_s + deepest_s + writes_s)
+    if start is None:
+        return num_items * (rates.decode_s + deepest_s + writes_s)
+    return num_items * (start.item_bytes * rates.read_s_per_byte + deepest_s - start.prefix_s + writes_s)
 
 
 def choose(

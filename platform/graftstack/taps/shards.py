@@ -20,8 +20,6 @@ from graftstack.reason import reason
 from graftstack.taps.key import TapSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
 
 _VALUE_TYPES: dict[str, tuple[npt.DTypeLike, pa.DataType]] = {
@@ -53,29 +51,41 @@ def torch_dtype(spec: TapSpec) -> "torch.dtype":
     return dtype
 
 
-def write_shard_file(path: Path, spec: TapSpec, shard: int, chunks: "Iterable[torch.Tensor]") -> None:
-    """Writes a shard, chunk by chunk: no more than one is held in memory.
+class ShardWriter:
+    """Writes the file of a shard chunk by chunk: no more than one is held in memory.
 
     Args:
-        path: the new file.
+        file: new and empty.
         spec: the tap.
         shard: which of its shards.
-        chunks: its chunks in order, each ``[256, *shape]``, the tap's last one shorter, of any type and on any device.
 
     Raises:
         OSError: the file can't be written.
         ConfigError: a value is too large for the type in which it would be stored.
         ValueError: the chunks aren't those of the shard.
     """
-    schema = _schema(spec, shard)
-    ranges = spec.chunks_of(shard)
-    with path.open("wb") as file:
-        writer = pa.ipc.new_file(file, schema)
-        for items, chunk in zip(ranges, chunks, strict=True):
-            values = _stored(chunk, spec, len(items))
-            batch = pa.record_batch([_as_lists(values, spec)], schema=schema)
-            writer.write_batch(batch, custom_metadata={"crc32": _checksum(values, items)})
-        writer.close()  # writes the footer, without which the file is none; hence not after an error
+
+    def __init__(self, file: IO[bytes], spec: TapSpec, shard: int) -> None:
+        self._spec, self._schema = spec, _schema(spec, shard)
+        self._ranges = spec.chunks_of(shard)
+        self._num_written = 0
+        self._writer = pa.ipc.new_file(file, self._schema)
+
+    def write(self, chunk: "torch.Tensor") -> None:
+        """Adds the next chunk, ``[256, *shape]``, the tap's last one shorter, of any type and on any device."""
+        if self._num_written == len(self._ranges):
+            raise ValueError(f"more than the {len(self._ranges)} chunks of the shard")
+        items = self._ranges[self._num_written]
+        values = _stored(chunk, self._spec, len(items))
+        batch = pa.record_batch([_as_lists(values, self._spec)], schema=self._schema)
+        self._writer.write_batch(batch, custom_metadata={"crc32": _checksum(values, items)})
+        self._num_written += 1
+
+    def finish(self) -> None:
+        """Writes the footer, without which the file is none; hence not after an error."""
+        if self._num_written < len(self._ranges):
+            raise ValueError(f"{self._num_written} of the {len(self._ranges)} chunks of the shard")
+        self._writer.close()
 
 
 def fault_in(path: Path, spec: TapSpec, shard: int) -> str | None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +26,7 @@ from graftstack.storage import Folder
 from graftstack.taps.eviction import ABOUT_FILE, USE_LOCK, make_room, taps_bytes
 from graftstack.taps.key import DIGEST_PATTERN, TapSpec
 from graftstack.taps.locks import lock_alone, lock_shared
-from graftstack.taps.shards import fault_in, shard_name, write_shard_file
+from graftstack.taps.shards import ShardWriter, fault_in, shard_name
 from graftstack.taps.tap import Tap, TapMissingError
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class TapStore:
         """Returns whether the tap is there, whole; looks as closely as `missing_shards`."""
         return not self.missing_shards(spec)
 
+    def is_listed(self, spec: TapSpec) -> bool:
+        """Returns whether files for all shards of the tap are there, whatever they hold; nothing is read."""
+        return set(map(shard_name, range(spec.num_shards))) <= set(self._far(spec).names())
+
     def missing_shards(self, spec: TapSpec) -> list[int]:
         """Returns the shards that aren't there, whole. Damaged ones are removed, with a warning that names them.
 
@@ -76,22 +80,54 @@ class TapStore:
         return [shard for shard in range(spec.num_shards) if shard_name(shard) not in there]
 
     def write_shard(self, spec: TapSpec, shard: int, chunks: "Iterable[Tensor]") -> None:
-        """Puts a shard into place, whole or not at all; one chunk at a time is in memory.
+        """Puts a shard into place, whole or not at all; `write_shards` for one tap.
 
         Args:
             spec: the tap.
             shard: which of its shards.
             chunks: its chunks in order, each ``[256, *shape]``, the tap's last one shorter.
+        """
+        self.write_shards([spec], shard, ([chunk] for chunk in chunks))
+
+    def write_shards(self, specs: Sequence[TapSpec], shard: int, chunks: "Iterable[Sequence[Tensor]]") -> None:
+        """Puts the same shard of several taps into place, each whole or not at all; one chunk of each is in memory.
+
+        Args:
+            specs: the taps, all with as many items.
+            shard: which of their shards.
+            chunks: its chunks in order: of each tap one, ``[256, *shape]``, the last one shorter.
 
         Raises:
             StorageFullError: the disk is full; what other shards there are stays.
             ConfigError: the place can't be written, or values are too large for fp16.
             ValueError: the chunks aren't those of the shard.
         """
-        self._make_folder(spec)
-        with lock_shared(self._near(spec) / USE_LOCK):
-            _describe(self._far(spec), spec)
-            self._far(spec).write_with(shard_name(shard), lambda path: write_shard_file(path, spec, shard, chunks))
+        with ExitStack() as locks:
+            for spec in specs:
+                self._make_folder(spec)
+                locks.enter_context(lock_shared(self._near(spec) / USE_LOCK))
+                _describe(self._far(spec), spec)
+            self._write_files(specs, shard, chunks, [])
+
+    def _write_files(
+        self, specs: Sequence[TapSpec], shard: int, chunks: "Iterable[Sequence[Tensor]]", paths: list[Path]
+    ) -> None:
+        """Opens a file for each tap, one within another, so that all get into place or none does; then fills them."""
+        if len(paths) < len(specs):
+            self._far(specs[len(paths)]).write_with(
+                shard_name(shard), lambda path: self._write_files(specs, shard, chunks, [*paths, path])
+            )
+            return
+        with ExitStack() as files:
+            writers = [
+                ShardWriter(files.enter_context(path.open("wb")), spec, shard)
+                for spec, path in zip(specs, paths, strict=True)
+            ]
+            for of_taps in chunks:
+                for writer, chunk in zip(writers, of_taps, strict=True):
+                    writer.write(chunk)
+            for writer in writers:
+                writer.finish()
 
     def remove(self, spec: TapSpec) -> None:
         """Removes the shards of a tap, so that they take no room; who has it open reads on."""
