@@ -162,8 +162,10 @@ def depth(options: argparse.Namespace, folder: Path) -> None:
     """Freeze depth x learning rate: what FLOPs allow, and what is reached."""
     images = images_file(folder, options.depth_images)
     epochs, depths = options.depth_epochs, ["all", 4, 3]
+    # As Tune has it: two trials at a time, of a thread each; another number of threads adds up in another order.
     base = [*common(options, images, epochs), "data.val_fraction=0.5"]
-    space = [f"space.freeze_depth={as_list(depths)}", f"space.lr={as_list(DEPTH_LRS)}"]
+    two = f"max_concurrent_trials={torch.get_num_threads()}"
+    space = [f"space.freeze_depth={as_list(depths)}", f"space.lr={as_list(DEPTH_LRS)}", two]
     table = Table(
         f"depth x lr: {as_list(depths)} x {len(DEPTH_LRS)} learning rates x {epochs} epochs, {options.depth_images} "
         f"images of {options.size} px, {device_name(options)}"
@@ -371,7 +373,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1, help="of the peer's head-only sweep, minutes each")
     parser.add_argument("--our-rounds", type=int, default=3)
-    parser.add_argument("--depth-images", type=int, default=1000)
+    parser.add_argument("--depth-images", type=int, default=600)
     parser.add_argument("--depth-epochs", type=int, default=27)
     parser.add_argument("--memory-images", type=int, nargs=2, default=[1400, 5600])
     parser.add_argument("--gpu", action="store_true")

@@ -89,11 +89,18 @@ def test_trials_that_are_over_for_other_reasons_are_left_alone() -> None:
     assert promoted(scheduler, {1, 2}) == []
 
 
-def test_fused_trials_pass_the_rungs_and_count_there() -> None:
+def test_fused_trials_pass_the_rungs_and_others_have_to_be_better() -> None:
     scheduler = asha()
-    assert scheduler.keep({0: row(1, 0.9), 1: row(1, 0.8)}, is_fused=True) == [0, 1]
-    reach(scheduler, 1, 0.9, 0.8, 0.1)
-    assert promoted(scheduler, {2}) == []
+    assert scheduler.keep({7: row(1, 0.9), 8: row(1, 0.3)}, is_fused=True) == [7, 8]
+    reach(scheduler, 1, 0.8, 0.7, 0.1)
+    assert promoted(scheduler, {0, 1, 2}) == []
+
+
+def test_fused_trials_make_no_room_for_others() -> None:
+    scheduler = asha()
+    scheduler.keep({index: row(1, 0.01) for index in range(10, 20)}, is_fused=True)
+    reach(scheduler, 1, 0.8, 0.7, 0.1)
+    assert promoted(scheduler, {0, 1, 2}) == [0]
 
 
 @pytest.mark.parametrize(

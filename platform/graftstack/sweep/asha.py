@@ -3,9 +3,9 @@
 "A system for massively parallel hyperparameter tuning", MLSys.
 
 Trials stop at rungs: after `grace_epochs` epochs, and that times powers of `reduction_factor`. Of those that have
-reached a rung, one in `reduction_factor` is promoted and trains on to the next. Whenever there is room, a trial is
-promoted from the highest rung where one can be; only else a new one begins. So none trains on for want of others to be
-compared with.
+reached a rung, one in `reduction_factor` is promoted and trains on to the next, from the highest rung where one can be.
+The paper promotes before it begins new trials, of which it has no end; here those that wait begin first, so that none
+trains on for want of others to be compared with.
 """
 
 import math
@@ -20,7 +20,8 @@ _Value = tuple[float, float]
 class Asha:
     """The scheduler of scheduler=asha.
 
-    Trials that train fused pass all rungs and only count there: to stop them would spare next to nothing.
+    Trials that train fused pass all rungs, since to stop them would spare next to nothing. Others have to be better than
+    them to be promoted, but not more others are for their being there.
     """
 
     def __init__(self, *, grace_epochs: int, reduction_factor: float, most_epochs: int) -> None:
@@ -28,9 +29,11 @@ class Asha:
         self._rungs = _rungs(grace_epochs, reduction_factor, most_epochs)
         self._reached: list[dict[int, _Value]] = [{} for _ in self._rungs]
         self._promoted: list[set[int]] = [set() for _ in self._rungs]
+        self._fused: set[int] = set()
 
     def keep(self, rows: Mapping[int, Row], *, is_fused: bool) -> list[int]:
         """Returns the trials that aren't at a rung, are fused with others, or were promoted from that rung before."""
+        self._fused |= set(rows) if is_fused else set()
         going_on = []
         for index, row in rows.items():
             number = self._rungs.index(int(row["epoch"])) if row["epoch"] in self._rungs else None
@@ -50,7 +53,7 @@ class Asha:
         """
         for number in reversed(range(len(self._rungs))):
             reached, promoted = self._reached[number], self._promoted[number]
-            num = max(int(len(reached) / self._factor), int(is_last_chance and bool(reached)))
+            num = max(int(len(reached.keys() - self._fused) / self._factor), int(is_last_chance and bool(reached)))
             best = sorted(reached, key=lambda index: (self._reached[number][index], -index), reverse=True)[:num]
             above = self._reached[number + 1] if number + 1 < len(self._rungs) else {}
             for index in best:

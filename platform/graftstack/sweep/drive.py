@@ -150,16 +150,18 @@ class _Loop:
             self._pool.start(unit)
 
     def _next_unit(self) -> Unit | None:
-        """Returns a trial that was stopped and is promoted; if there is none, the first unit that waits."""
+        """Returns the first unit that waits; if there is none, a trial that was stopped and is promoted."""
+        if self._waiting:
+            return self._waiting.popleft()
         stopped = [index for index, result in self._results.items() if result.status == "stopped"]
-        is_last_chance = not self._waiting and not self._running and self._search.is_exhausted
+        is_last_chance = not self._running and self._search.is_exhausted
         promoted = self._scheduler.promote(stopped, is_last_chance=is_last_chance)
-        if promoted is not None:
-            row = self._results.pop(promoted)
-            self._outdated[promoted] = self._promoted[promoted] = row
-            (unit,) = self._make_units([self._trial_of(row)])
-            return unit
-        return self._waiting.popleft() if self._waiting else None
+        if promoted is None:
+            return None
+        row = self._results.pop(promoted)
+        self._outdated[promoted] = self._promoted[promoted] = row
+        (unit,) = self._make_units([self._trial_of(row)])
+        return unit
 
     def _handle(self, event: Event, *, is_late: bool) -> None:
         if isinstance(event, EpochEnd):

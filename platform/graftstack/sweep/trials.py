@@ -145,7 +145,7 @@ class Scheduler(Protocol):
     def promote(self, stopped: Collection[int], *, is_last_chance: bool) -> int | None:
         """Returns one of the stopped trials that is to train on after all, from where it stopped, or None.
 
-        Asked whenever there is room; `is_last_chance` says that nothing else trains or can begin.
+        Asked whenever there is room and no unit waits; `is_last_chance` says that nothing else trains or can begin.
         """
         ...
 
