@@ -20,8 +20,8 @@ _Value = tuple[float, float]
 class Asha:
     """The scheduler of scheduler=asha.
 
-    Trials that train fused pass all rungs, since to stop them would spare next to nothing. Others have to be better than
-    them to be promoted, but not more others are for their being there.
+    Trials that train fused pass all rungs, since to stop them would spare next to nothing. Others have to be better to
+    be promoted, but how many are doesn't grow by their number.
     """
 
     def __init__(self, *, grace_epochs: int, reduction_factor: float, most_epochs: int) -> None:
