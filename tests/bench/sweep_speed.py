@@ -38,7 +38,8 @@ from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run
-from graftstack.sweep.trials import Trial, Unit, UnitEnd
+from graftstack.sweep.inline_pool import InlinePool
+from graftstack.sweep.trials import Pool, Trial, Unit, UnitEnd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_LRS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -281,6 +282,7 @@ def start(options: argparse.Namespace, folder: Path) -> None:
     few, many = 2, 102
     tune_one_s = (tune_s(many) - tune_s(few)) / (many - few)
     slot_one_s = (slot_s(many) - slot_s(few)) / (many - few)
+    inline_one_s = seconds_of_units(InlinePool(EmptyRunner()), many) / many
 
     def fused_s(num: int) -> float:
         lrs = [1e-4 * (1 + index) for index in range(num)]
@@ -293,6 +295,8 @@ def start(options: argparse.Namespace, folder: Path) -> None:
     table.row("Tune with reuse_actors=True, a trial that does nothing", f"{1e3 * tune_one_s:.2f}")
     table.row("graftstack, a unit that does nothing, in a warm slot", f"{1e3 * slot_one_s:.2f}")
     table.row("ratio", f"{tune_one_s / slot_one_s:.1f}", "target >= 10")
+    table.row("graftstack, the same in this process, as short sweeps", f"{1e3 * inline_one_s:.3f}")
+    table.row("ratio", f"{tune_one_s / inline_one_s:.0f}", "target >= 10")
     table.row("graftstack, a fused trial: head, an epoch, weights, row", f"{1e3 * fused_one_s:.2f}")
     table.row("ratio", f"{tune_one_s / fused_one_s:.1f}")
 
@@ -312,17 +316,22 @@ class EmptyRunner:
 def slot_s(num: int) -> float:
     """Returns the seconds that `num` units take, one after another, in a slot that is warm."""
     pool = RayPool(EmptyRunner, num_slots=1, num_cpus=1)
-    trial = Trial(0, {}, compose_job("finetune", []))
-    began = 0.0
-    for number in range(num + 1):
-        pool.start(Unit((trial,), None))
-        while not pool.wait(60.0):
-            pass
-        if number == 0:  # the first one warms the slot up
-            began = time.perf_counter()
-    seconds = time.perf_counter() - began
+    seconds = seconds_of_units(pool, num)
     pool.close()
     return seconds
+
+
+def seconds_of_units(pool: Pool, num: int) -> float:
+    """Returns the seconds that `num` units take, one after another, once a first one has warmed up the pool."""
+    unit = Unit((Trial(0, {}, compose_job("finetune", [])),), None)
+    began = 0.0
+    for number in range(num + 1):
+        pool.start(unit)
+        while not pool.wait(60.0):
+            pass
+        if number == 0:
+            began = time.perf_counter()
+    return time.perf_counter() - began
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import Checked, check, heartbeat, open_run
-from graftstack.cluster.workplace import Workplace, start_s, workplace
+from graftstack.cluster.workplace import Workplace, at_its_place, workplace
 from graftstack.config.schema import ClusterKind
 from graftstack.config.space import Choice, parse_space, trial_config
 from graftstack.config.sweep import Prune, SchedulerName, SearchName, SweepConfig
@@ -173,7 +173,7 @@ class _Sweep:
         torch.set_num_threads(self._config.cluster.cpus_per_worker or usable_cpus())
         left = [trial for trial in self._trials if not self._is_over(trial)]
         plan = self._planner.plan(left or self._trials[:1])
-        plan = replace(plan, start_s=start_s(self._config, plan))
+        plan = at_its_place(self._config, plan)
         self._display.planned(plan)
         return plan
 

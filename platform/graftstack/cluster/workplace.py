@@ -25,7 +25,7 @@ _PROCESSES_START_S = 12.0
 # What the group of workers of each trial costs before it trains.
 _GROUP_START_S = 20.0
 # What several processes of few threads do more than one of many threads, at least.
-_PROCESSES_GAIN = 0.15
+_PROCESSES_GAIN = 0.2
 
 OnShard = Callable[[int, int], None]
 Make = Callable[["Sequence[ShardCall]", OnShard], "list[PassResult]"]
@@ -68,11 +68,13 @@ def workplace(
             yield _here(settings, workbench, beat)
 
 
-def start_s(config: SweepConfig, plan: "SweepPlan") -> float:
-    """Returns about how many seconds the processes of a planned sweep take to start."""
+def at_its_place(config: SweepConfig, plan: "SweepPlan") -> "SweepPlan":
+    """Returns a plan, which was measured in this process, with what it costs and gains to run where it will."""
     if config.cluster.max_workers > 1:
-        return _GROUP_START_S * plan.num_trials
-    return _PROCESSES_START_S if _uses_processes(config, plan) else 0.0
+        return replace(plan, start_s=_GROUP_START_S * plan.num_trials)
+    if not _uses_processes(config, plan):
+        return plan
+    return replace(plan, start_s=_PROCESSES_START_S, trials_s=plan.trials_s * (1 - _PROCESSES_GAIN))
 
 
 def _uses_processes(config: SweepConfig, plan: "SweepPlan") -> bool:
