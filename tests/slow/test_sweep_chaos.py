@@ -16,7 +16,7 @@ from graftstack.runs import find_run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SMALL = (
-    *("data=digits", "data.image_size=24", "backbone=conv4", "epochs=4", "batch_size=32"),
+    *("data=digits", "data.image_size=24", "backbone=conv4", "epochs=8", "batch_size=32"),
     "cluster.cpus_per_worker=1",  # as many threads everywhere: then sums are the same to the last bit
 )
 SPACE = ("space.freeze_depth=[0,2,all]", "space.lr=[1e-3,3e-3,1e-2]")
