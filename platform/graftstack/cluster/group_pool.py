@@ -109,7 +109,9 @@ class GroupPool:
         except StorageFullError:
             raise
         except GraftstackError as error:
-            result = TrialResult(index=trial.index, params=trial.params, status="failed", error=str(error))
+            result = TrialResult(
+                index=trial.index, params=trial.params, details=trial.facts, status="failed", error=str(error)
+            )
         Ledger(self._folder).write(result)
         (folder / CHECKPOINTS).remove_all()
         return UnitEnd(unit, (result,))
@@ -133,5 +135,5 @@ def _result(trial: Trial, outcome: "Outcome", seconds: float) -> TrialResult:
         epochs=len(outcome.history),
         seconds=round(seconds, 4),
         backbone_forwards=outcome.backbone_forwards,
-        details={"best_epoch": outcome.details["best_epoch"]},
+        details={**trial.facts, "best_epoch": outcome.details["best_epoch"]},
     )

@@ -79,7 +79,9 @@ def pruned_rows(
     for trial in trials:
         why = evidence.get(planner.probed_as(trial))
         if why is not None:
-            rows[trial.index] = TrialResult(index=trial.index, params=trial.params, status="pruned", error=why)
+            rows[trial.index] = TrialResult(
+                index=trial.index, params=trial.params, details=trial.facts, status="pruned", error=why
+            )
     return rows
 
 
