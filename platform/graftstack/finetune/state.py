@@ -1,5 +1,6 @@
 """The state of a training as tensors and plain values, and back: what a checkpoint holds."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +43,8 @@ def pack(
     The tensors are the live ones, not copies; those of the first `freeze_depth` groups, which never change, stay out.
     """
     tensors = {f"model/{name}": tensor for name, tensor in model.named_state(above=freeze_depth).items()}
-    scalars: dict[str, float] = {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for slot, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{slot}"] = value
-            elif value is not None:
-                scalars[f"{index}/{slot}"] = value
+    slots, scalars = optimizer_slots(optimizer)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in slots.items()}
     return Checkpoint(position.step, tensors, {"position": position._asdict(), "optimizer": scalars, "facts": facts})
 
 
@@ -57,11 +53,35 @@ def unpack(
 ) -> Position:
     """Puts a checkpoint's state into `model` and `optimizer` and returns where it stands."""
     model.load_named_state(without_prefix(checkpoint.tensors, "model/"), above=freeze_depth)
+    load_optimizer_slots(optimizer, without_prefix(checkpoint.tensors, "optimizer/") | checkpoint.meta["optimizer"])
+    position = checkpoint.meta["position"]
+    return Position(**{**position, "history": tuple(position["history"]), "head_rates": tuple(position["head_rates"])})
+
+
+class OptimizerSlots(NamedTuple):
+    """What an optimiser remembers of its parameters, each by the parameter's number and the slot: ``0/exp_avg``."""
+
+    tensors: dict[str, Tensor]
+    """The live ones."""
+    scalars: dict[str, float]
+
+
+def optimizer_slots(optimizer: torch.optim.Optimizer) -> OptimizerSlots:
+    """Returns the state of an optimiser, without its settings."""
+    found = OptimizerSlots({}, {})
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                found.tensors[f"{index}/{slot}"] = value
+            elif value is not None:
+                found.scalars[f"{index}/{slot}"] = value
+    return found
+
+
+def load_optimizer_slots(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
+    """Takes back what `optimizer_slots` returned, tensors and scalars together."""
     slots: dict[int, dict[str, Any]] = {}
-    values = without_prefix(checkpoint.tensors, "optimizer/") | checkpoint.meta["optimizer"]
     for name, value in values.items():
         index, slot = name.split("/")
         slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    position = checkpoint.meta["position"]
-    return Position(**{**position, "history": tuple(position["history"]), "head_rates": tuple(position["head_rates"])})

@@ -9,6 +9,7 @@ from graftstack.config.schema import Select
 from graftstack.finetune.metrics import classification_metrics
 from graftstack.finetune.optimizers import OPTIMIZERS, head_groups, set_lr
 from graftstack.finetune.schedules import lr_factor
+from graftstack.finetune.state import load_optimizer_slots, optimizer_slots
 from graftstack.finetune.task import Task
 
 
@@ -76,27 +77,14 @@ class Member:
     def facts(self) -> dict[str, Any]:
         """Returns what of its state is no tensor, as JSON."""
         own = {key: getattr(self, key) for key in ("index", "name", "head_rate", "history", "best_epoch")}
-        return {**own, "scalars": {key: value for key, value in self._slots().items() if not isinstance(value, Tensor)}}
+        return {**own, "scalars": optimizer_slots(self.optimizer).scalars}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of its optimiser, the live ones, by slot."""
-        return {key: value for key, value in self._slots().items() if isinstance(value, Tensor)}
+        return optimizer_slots(self.optimizer).tensors
 
     def restore(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `facts` and `tensors` returned."""
         self.head_rate, self.history = facts["head_rate"], list(facts["history"])
         self.best_epoch = facts["best_epoch"]
-        slots: dict[int, dict[str, Any]] = {}
-        for key, value in {**facts["scalars"], **tensors}.items():
-            index, slot = key.split("/")
-            slots.setdefault(int(index), {})[slot] = value
-        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-    def _slots(self) -> dict[str, Any]:
-        state: dict[int, dict[str, Any]] = self.optimizer.state_dict()["state"]
-        return {
-            f"{index}/{slot}": value
-            for index, slots in state.items()
-            for slot, value in slots.items()
-            if value is not None
-        }
+        load_optimizer_slots(self.optimizer, {**facts["scalars"], **tensors})
