@@ -1,4 +1,4 @@
-"""What this process may use of the machine."""
+"""What this process may use of the machine, and where it keeps what can be made again."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,9 @@ def usable_cpus(cpu_max: Path = _CPU_MAX) -> int:
     """Returns the CPUs that this process may run on, no more than its container's limit allows it to use."""
     limit = cpu_limit(cpu_max)
     return allowed_cpus() if limit is None else max(1, min(allowed_cpus(), int(limit)))
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Returns `cache_dir`, else $GRAFTSTACK_CACHE, else ~/.cache/graftstack: an absolute path."""
+    root = cache_dir or os.environ.get("GRAFTSTACK_CACHE") or "~/.cache/graftstack"
+    return Path(root).expanduser().absolute()

@@ -25,6 +25,7 @@ import PIL
 
 from graftstack.data.decode import DECODER_VERSION
 from graftstack.data.encoded import Decoded
+from graftstack.machine import cache_root
 
 _WHOLE_BYTES = 2**28
 """Files up to this size are checked whole; of larger ones, blocks spread over the file."""
@@ -117,9 +118,8 @@ class Cache:
 
 def cache_for(cache_dir: str | None, fingerprint: str, *, num_rows: int, image_size: int) -> Cache:
     """Returns the cache of images, below `cache_dir`, else $GRAFTSTACK_CACHE, else ~/.cache/graftstack."""
-    root = cache_dir or os.environ.get("GRAFTSTACK_CACHE") or "~/.cache/graftstack"
     key = f"{fingerprint}-{image_size}px-v{DECODER_VERSION}-pillow{PIL.__version__}"
-    return Cache(Path(root).expanduser().absolute() / "images", key, num_rows, image_size)
+    return Cache(cache_root(cache_dir) / "images", key, num_rows, image_size)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftstack.errors import ConfigError, RunError
-from graftstack.machine import usable_cpus
+from graftstack.machine import cache_root, usable_cpus
 from graftstack.reason import reason
 from graftstack.storage import Folder
 from graftstack.taps.eviction import ABOUT_FILE, USE_LOCK, make_room, taps_bytes
@@ -49,8 +49,8 @@ class TapStore:
             cache_dir: the cache of this machine, else $GRAFTSTACK_CACHE, else ~/.cache/graftstack.
         """
         self.budget_bytes = budget_bytes
-        self._cache_dir = None if cache_dir is None else str(_cache(cache_dir))
-        self._folder = Folder(_cache(cache_dir) / "taps" if location is None else location)
+        self._cache_dir = None if cache_dir is None else str(cache_root(cache_dir))
+        self._folder = Folder(cache_root(cache_dir) / "taps" if location is None else location)
 
     @property
     def location(self) -> str:
@@ -211,7 +211,7 @@ class TapStore:
         if self._folder.is_local:
             return Path(self.location)
         place = hashlib.blake2b(self.location.encode(), digest_size=8).hexdigest()
-        return _cache(self._cache_dir) / "fetched-taps" / place
+        return cache_root(self._cache_dir) / "fetched-taps" / place
 
     def _make_folder(self, spec: TapSpec) -> None:
         near = Folder(self._near(spec))
@@ -256,11 +256,6 @@ class TapStore:
 
 class _DamagedError(Exception):
     """A fetched shard isn't whole."""
-
-
-def _cache(cache_dir: str | None) -> Path:
-    root = cache_dir or os.environ.get("GRAFTSTACK_CACHE") or "~/.cache/graftstack"
-    return Path(root).expanduser().absolute()
 
 
 def _describe(folder: Folder, spec: TapSpec) -> None:
