@@ -81,7 +81,8 @@ class Killer(Silent):
             self._kill()
 
     def _kill(self) -> None:
-        victim = busy_processes()[0]
+        # Both may be between two calls just now; one that is killed there is missed by its next call.
+        victim = (busy_processes() or processes("ray::_Process"))[0]
         victim.send_signal(signal.SIGKILL)
         self.killed.append(victim.pid)
 
@@ -94,10 +95,15 @@ def sweep(tmp_path: Path, *overrides: str, display: Silent | None = None) -> Run
 
 def busy_processes() -> list[psutil.Process]:
     """The processes of a pool that do something right now."""
+    return processes("ray::_Process.call")
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """The processes below this one that Ray gave a title."""
     found = []
     for process in psutil.Process(os.getpid()).children(recursive=True):
         try:
-            if process.cmdline()[:1] == ["ray::_Process.call"]:
+            if process.cmdline()[:1] == [title]:
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
