@@ -4,10 +4,12 @@ A map of the package, from the ground up; imports point down only, and importing
 
 - `errors`, `reason`, `amounts`, `machine`, `seeding`, `storage`: what everything else stands on
 - `config`: YAML and overrides become one typed, validated dataclass, once, at the edge
-- `runtime`, `checkpoint`, `runs`: what a training loop sees of a cluster; durable state; the run folder
+- `runtime`, `executors`: what an algorithm sees of a machine or cluster; calls in this process or in others
+- `checkpoint`, `runs`: durable state; the run folder
 - `data`, `backbones`, `taps`: Arrow tables to image batches; models as ordered layer groups; what frozen groups made
 - `finetune`: the recipes and the training loop, free of Ray
 - `sweep`: many fine-tunings that share their frozen part, free of Ray
+- `stacking`: base models cross-validated in one task graph, and what learns from their predictions, free of Ray
 - `cluster`: Ray, and how each job is launched on it
 - `report`, `doctor`, `demo`, `cli`: what a person sees
 """

@@ -35,6 +35,8 @@ jobs (each explains its keys with --help):
   finetune [key=value ...]   fine-tune a pretrained backbone
   pretrain [key=value ...]   train a backbone from its initial weights
   sweep [key=value ...]      fine-tune over freeze depth, learning rate or any key; what is frozen runs once
+  stack [key=value ...]      cross-validate base models, and learn to weigh what they predict
+  pipeline [key=value ...]   a sweep, and a stack of its best trials
 
 around them:
   plan JOB [key=value ...]   check everything and print what would run
@@ -83,8 +85,11 @@ def _run_job(options: argparse.Namespace) -> int:
 
         print(job_help(options.command))
         return EXIT_DONE
-    from graftstack.report.jobs import run_job
+    from graftstack.report.jobs import check_job_for_leakage, run_job
 
+    if options.check_leakage:
+        is_clean = check_job_for_leakage(options.command, options.overrides, verbose=options.verbose)
+        return EXIT_DONE if is_clean else EXIT_FAILED
     run_job(options.command, options.overrides, verbose=options.verbose)
     return EXIT_DONE
 
@@ -97,14 +102,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from graftstack.report.jobs import predict_run
+    from graftstack.report.predicting import predict_run
 
-    predict_run(options.run_name, options.data, options.out, runs_dir=options.runs_dir)
+    predict_run(options.run_name, options.data, options.out, base=options.base, runs_dir=options.runs_dir)
     return EXIT_DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from graftstack.report.jobs import evaluate_run
+    from graftstack.report.predicting import evaluate_run
 
     evaluate_run(options.run_name, options.data, part=options.split, as_json=options.json, runs_dir=options.runs_dir)
     return EXIT_DONE
@@ -137,6 +142,10 @@ def _runs(options: argparse.Namespace) -> int:
                 from graftstack.report.sweep_tables import trials_table
 
                 console.print("", trials_table(trials))
+            if bases := manifests[0].results.get("base_models"):
+                from graftstack.report.stack_tables import leaderboard_table
+
+                console.print("", leaderboard_table(bases, manifests[0].results["stack"]))
         case _:
             console.print(tables.comparison_table(manifests))
     return EXIT_DONE
@@ -213,8 +222,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*")
         command.add_argument("-h", "--help", action="store_true")
         command.add_argument("-v", "--verbose", action="store_true")
+        command.add_argument("--check-leakage", action="store_true")
     _add_inspection(commands)
-    demo = _add(commands, "demo", _demo, text="Pretrain on digits 0-4, fine-tune on 5-9, and compare; offline.")
+    demo = _add(commands, "demo", _demo, text="Pretrain on digits 0-4, fine-tune on 5-9, sweep and stack; offline.")
     demo.add_argument("--runs-dir", default="runs/demo", help="where the demo's runs go; made anew each time")
     doctor = _add(commands, "doctor", _doctor, text="Check this machine and print the fix for what is wrong.")
     doctor.add_argument("--json", action="store_true")
@@ -231,6 +241,7 @@ def _add_inspection(commands: Any) -> None:
     predict.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URI of its folder")
     predict.add_argument("data", metavar="DATA", help="a Parquet or CSV file, a folder of images, or digits")
     predict.add_argument("--out", required=True, help="the Parquet file to write")
+    predict.add_argument("--base", metavar="NAME", help="let one base model of a stack predict alone")
 
     evaluate = _add(commands, "evaluate", _evaluate, text="Measure the model of RUN on labelled data.")
     evaluate.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URI of its folder")
@@ -295,7 +306,7 @@ def _quiet(*, verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO)
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.filterwarnings("ignore", module=r"(ray|torch|torchvision|torchmetrics)\.")
+    warnings.filterwarnings("ignore", module=r"(ray|torch|torchvision|torchmetrics|urllib3)\.")
 
 
 def _complain(message: str, status: int, *, verbose: bool) -> int:

@@ -1,4 +1,4 @@
-"""The whole story on one page, offline: pretrain on some digits, graft onto others in several ways, and sweep."""
+"""The whole story on one page, offline: pretrain on some digits, graft onto others in several ways, sweep, stack."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,12 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
+from graftstack.cluster.stack import launch_stack
 from graftstack.cluster.sweep import launch_sweep
+from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
+from graftstack.config.stack import StackConfig
 from graftstack.config.sweep import SweepConfig
 from graftstack.errors import RunError
 from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
+from graftstack.report.stack_progress import stack_display
+from graftstack.report.stack_tables import leaderboard_table
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.report.sweep_tables import reuse_line, trials_table
 from graftstack.report.tables import number
@@ -39,6 +44,9 @@ class _Contender(NamedTuple):
 
 
 _SWEEP = ("space.freeze_depth=[0,2,3,all]", "space.lr=[3e-4,1e-3,3e-3,1e-2]")
+
+# Three fine-tunings of the sweep and two models of scikit-learn on pixels, which err in other places.
+_STACK = ("name=stack", "top=3", "base_models=[SVC,ExtraTreesClassifier]", "folds.num=4")
 
 _PRETRAINED = "backbone.weights=run:digits-0-4"
 _CONTENDERS = (
@@ -74,6 +82,10 @@ def run_demo(runs_dir: str) -> None:
     sweep = _run("sweep", runs_dir, ("name=sweep", *_FEW, _PRETRAINED, *_SWEEP), console)
     plain_console().print(trials_table(sweep.manifest.results["trials"]))
     plain_console().print(reuse_line(sweep.manifest.results["reuse"]), highlight=False, soft_wrap=True)
+    console.print("4. stacking the sweep's best trials with models of pixels", highlight=False)
+    stack = _run("stack", runs_dir, (*_STACK, f"from_sweep={sweep.folder.location}"), console)
+    results = stack.manifest.results
+    plain_console().print(leaderboard_table(results["base_models"], results["stack"]))
     plain_console().print(
         f"runs: {runs_dir} (graftstack runs --runs-dir {runs_dir}; graftstack runs show lp-ft --runs-dir {runs_dir})",
         highlight=False,
@@ -82,12 +94,15 @@ def run_demo(runs_dir: str) -> None:
 
 
 def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) -> Run:
-    everything = [*_COMMON, f"runs_dir={runs_dir}", *overrides]
+    everything = [*_COMMON, f"runs_dir={runs_dir}", *inherited_overrides(overrides), *overrides]
     config = compose_job(job, everything)
     quiet = plain_console(stderr=True, quiet=not console.is_terminal)
     if isinstance(config, SweepConfig):
         with sweep_display(quiet) as display:
             return launch_sweep(config, overrides=everything, display=display)
+    if isinstance(config, StackConfig):
+        with stack_display(quiet) as display:
+            return launch_stack(config, overrides=everything, display=display)
     with job_display(quiet) as display:
         return launch(job, config, overrides=everything, display=display)
 
@@ -97,7 +112,7 @@ def _clear(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise RunError(f"--runs-dir {folder}: a file, not a folder; choose another")
-    known = {"digits-0-4", "sweep", *(contender.name for contender in _CONTENDERS)}
+    known = {"digits-0-4", "sweep", "stack", *(contender.name for contender in _CONTENDERS)}
     found = {run.manifest.name for run in list_runs(str(folder))}
     if strange := {path.name for path in folder.iterdir()} - (known & found):
         raise RunError(f"--runs-dir {folder}: holds {sorted(strange)[0]}, which is no demo run; choose another folder")

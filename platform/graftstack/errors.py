@@ -5,7 +5,7 @@ Every message is one line that names the rule, the value and the remedy, e.g.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class GraftstackError(Exception):
@@ -56,3 +56,8 @@ def did_you_mean(value: str, known: Iterable[str], *, num: int = 3) -> str:
         return f"did you mean {', '.join(near)}?"
     shown = ", ".join(names[:12])
     return f"known: {shown}{', …' if len(names) > 12 else ''}"
+
+
+def some_of(names: Sequence[str], *, num: int = 5) -> str:
+    """Returns ``a, b and 3 more``: the first `num` names, and how many others there are."""
+    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")

@@ -33,7 +33,9 @@ _SILENCE_S = 60.0
 # Keys that say where and how often to run, not what to compute: they may differ between a run and its resumption.
 _FREE_KEYS = (
     *("resume", "runs_dir", "cluster.", "checkpoint.", "name", "data.cache_dir", "data.cache_bytes"),
-    *("reuse", "taps.location", "taps.budget_bytes", "max_concurrent_trials", "time_limit_s"),
+    *("reuse", "taps.location", "taps.budget_bytes", "max_concurrent_trials", "max_slots", "time_limit_s"),
+    # A stack knows each finished task by all that it depends on: base models may join and leave.
+    *("base_models", "top", "meta_model", "calibration", "on_error"),
 )
 
 # Keys that users make up: here one that is missing means something.
@@ -96,7 +98,13 @@ class Run:
             folder.claim(MANIFEST, run._json())
         elif run.manifest.status != "done":
             run.folder.sweep()
-            run.update(status="running", error=None, config=manifest.config, process=_this_process())
+            run.update(
+                status="running",
+                error=None,
+                config=manifest.config,
+                overrides=manifest.overrides,
+                process=_this_process(),
+            )
         return run
 
     @classmethod

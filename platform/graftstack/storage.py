@@ -4,9 +4,10 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -118,11 +119,18 @@ class Folder:
         else:
             self.write(name, data)
 
-    def sweep(self) -> None:
-        """Removes what killed writers left unfinished, here and in all folders below; for the owner alone to call."""
-        if self.is_local:
-            for leftover in Path(self.location).rglob(f".*{_UNFINISHED}"):
-                leftover.unlink(missing_ok=True)
+    def sweep(self, *, older_than_s: float = 0.0) -> None:
+        """Removes what killed writers left unfinished, here and in all folders below.
+
+        Args:
+            older_than_s: Younger files are left alone, for somebody may be writing them; 0: for the owner alone.
+        """
+        if not self.is_local:
+            return
+        for leftover in Path(self.location).rglob(f".*{_UNFINISHED}"):
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime >= older_than_s:
+                    leftover.unlink()
 
     def read(self, name: str) -> bytes:
         """Returns the content of the file `name`. Raises `FileNotFoundError`."""

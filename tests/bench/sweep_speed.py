@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tests.bench.measuring import REPOSITORY, Table, real_data, timed
 from tests.bench.sweep_peer import problem_of, tune_sweep
 
 from graftstack.cluster.finetune import launch
@@ -41,7 +42,6 @@ from graftstack.runs import Run
 from graftstack.sweep.inline_pool import InlinePool
 from graftstack.sweep.trials import Pool, Trial, Unit, UnitEnd
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD_LRS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 DEPTH_LRS = [1e-4, 1e-3, 1e-2]
 # The product's groups are stem, layer1 .. layer4, pool; the peer's end with layer4.
@@ -50,8 +50,7 @@ PEER_DEPTHS = {"all": 5, 4: 4, 3: 3}
 
 def images_file(folder: Path, num_images: int, *, classes: Sequence[int] = range(10, 20)) -> Path:
     """Writes `num_images` real images, equally many of each of ten of CIFAR-100's classes."""
-    source = Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
-    table = pq.read_table(source / "cifar100_20classes.parquet")
+    table = pq.read_table(real_data("cifar100_20classes.parquet"))
     labels = np.unique(table["label"].to_pylist(), return_inverse=True)[1]
     chosen = np.concatenate([np.flatnonzero(labels == label)[: num_images // len(classes)] for label in classes])
     path = folder / f"images-{num_images}-{classes[0]}.parquet"
@@ -97,26 +96,9 @@ def sweep(overrides: Sequence[str], folder: Path, *, verbose: bool = False) -> R
         return launch_sweep(compose_job("sweep", everything), overrides=everything, display=display)
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the seconds that `work` takes, and what it returns."""
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
-
-
 def as_list(values: Sequence[object]) -> str:
     """Returns values as they are typed on a command line."""
     return "[" + ",".join(map(str, values)) + "]"
-
-
-class Table:
-    """Rows that are printed at once, so that a long benchmark can be watched."""
-
-    def __init__(self, title: str) -> None:
-        print(f"\n{title}", flush=True)
-
-    def row(self, name: str, value: str, target: str = "") -> None:
-        print(f"  {name:<58} {value:>16}   {target}", flush=True)
 
 
 def head(options: argparse.Namespace, folder: Path) -> None:

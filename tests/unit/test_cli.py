@@ -22,7 +22,7 @@ from graftstack.runs import MANIFEST, Manifest, Run
 Capture = pytest.CaptureFixture[str]
 
 # What a job can't do without.
-LEAST = {"sweep": ["space.lr=[1e-3]"]}
+LEAST = {"sweep": ["space.lr=[1e-3]"], "stack": ["base_models=[GaussianNB]"], "pipeline": ["space.lr=[1e-3]"]}
 
 
 @pytest.fixture(autouse=True)
@@ -101,12 +101,31 @@ def python(program: str, *words: str, cwd: Path | None = None) -> subprocess.Com
         ("sweep", "space is empty: a sweep needs something to vary; add e.g. space.lr=[1e-4,1e-3,1e-2]"),
         ("sweep space.lrr=[1]", "space.lrr: unknown key; did you mean lr?"),
         ("sweep space.lr=uniform(1,2)", "space.lr=uniform(1.0,2.0): search=grid needs values; give a list, or add"),
+        ("stack", "base_models is empty: a stack needs something to stack; add e.g. "),
+        ("stack base_models=GaussianNB", "base_models=GaussianNB: "),
+        (
+            "stack base_models=[SVC,SVC]",
+            "base_models: two base models are called SVC; give one another name, as in ",
+        ),
+        ("stack base_models=[SVC] mode=bags", "mode=bags: "),
+        ("stack base_models=[SVC] folds.num=1", "folds.num=1: must be at least 2; raise it"),
+        ("stack base_models=[SVC] levels=0", "levels=0: must be at least 1; raise it"),
+        ("stack base_model=[SVC]", "base_model=[SVC]: unknown key; did you mean base_models, "),
+        ("stack base_models=[SVC] time_limit_s=-1", "time_limit_s=-1.0: must be greater than 0"),
+        ("stack from_sweep=first runs_dir={runs_dir}", "from_sweep=first: a finetune run; give a sweep, or use base_m"),
+        ("stack from_sweep=third runs_dir={runs_dir}", "from_sweep=third: no such run in {runs_dir}; "),
+        ("stack base_models=[run:third] runs_dir={runs_dir}", "run:third: no such run in {runs_dir}; "),
+        ("finetune --check-leakage", "--check-leakage: looks into a stack; use graftstack stack --check-leakage, not"),
+        ("pipeline", "space is empty: a sweep needs something to vary; add e.g. space.lr="),
+        ("pipeline space.lr=[1] top=0", "top=0: must be at least 1; raise it"),
+        ("pipeline space.lr=[1] from_sweep=first", "from_sweep=first: unknown key; "),
         ("plan", "the following arguments are required: job, key=value; see graftstack plan --help"),
         ("plan nope", "argument job: invalid choice: 'nope'"),
         ("plan finetune epoch=3", "epoch=3: unknown key; did you mean epochs?"),
         ("plan pretrain backbone=resnet81", "backbone=resnet81: unknown; did you mean resnet18"),
         ("predict", "the following arguments are required: "),
         ("predict first digits", "the following arguments are required: --out"),
+        ("plan stack base_models=[]", "base_models is empty: a stack needs something to stack; "),
         ("predict third digits --out x.parquet --runs-dir {runs_dir}", "third: no such run in {runs_dir}; "),
         ("evaluate third --runs-dir {runs_dir}", "third: no such run in {runs_dir}; "),
         ("evaluate first --split nope", "argument --split: invalid choice: 'nope'"),
@@ -321,6 +340,7 @@ from graftstack.cli import main
 jobs = ["finetune", "pretrain"]
 print(*(main([*plan, job, "backbone=nope"]) for plan in ([], ["plan"]) for job in jobs))
 print(main(["sweep"]), main(["sweep", "space.lr=[0]"]), main(["sweep", "--help"]))
+print(main(["stack"]), main(["stack", "base_models=[A,A]"]), main(["pipeline"]), main(["stack", "--help"]))
 print(main(["runs"]), main(["runs", "show", "nope"]), main(["evaluate", "nope"]), main(["finetune", "--help"]))
 print(*sorted(heavy & sys.modules.keys()))
 """
@@ -328,7 +348,9 @@ print(*sorted(heavy & sys.modules.keys()))
     first, second, *_, before_last, last = done.stdout.splitlines()
     assert (first, second, before_last, last) == ("", "2 2 2 2", "0 2 2 0", "")
     assert "2 2 0" in done.stdout.splitlines()
-    assert [line.split()[2] for line in done.stderr.splitlines()] == ["unknown;"] * 4 + ["is", "must"] + ["no"] * 2
+    assert [line.split()[2] for line in done.stderr.splitlines()] == [
+        *(["unknown;"] * 4 + ["is", "must"] + ["is", "two", "is"] + ["no"] * 2)
+    ]
     assert tree(tmp_path) == {}
 
 

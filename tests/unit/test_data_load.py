@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 import graftstack.data
-from graftstack.config.schema import DataConfig, OnBadImage, Source
+from graftstack.config.schema import DataConfig, FinetuneConfig, OnBadImage, Source
 from graftstack.data.load import ImageData, load_images, split_rows
 from graftstack.data.table import read_table
 from graftstack.errors import DataError
+from graftstack.finetune.task import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,8 @@ def test_a_table_without_an_image_column_has_no_images_to_load(tmp_path: Path) -
     assert read_table(config).labels.tolist() == [0, 1]
     with pytest.raises(DataError, match=r"data\.image is missing"):
         load(config)
+    with pytest.raises(DataError, match=r"data\.image is missing: a backbone learns from images"):
+        prepare(FinetuneConfig(data=config))
 
 
 def test_a_model_judges_data_that_it_could_not_learn_from(tmp_path: Path) -> None:

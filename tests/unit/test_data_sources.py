@@ -185,6 +185,28 @@ def test_splits_groups_and_features_come_along_and_dropped_columns_do_not(tmp_pa
     assert "secret" not in table.table.column_names
 
 
+def test_without_images_all_columns_that_have_no_other_use_are_features(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", age=[3.5], lbl=[1], fold=["dev"], who=[12], pet=["x"], secret=["s"])
+    config = DataConfig(source=Source.parquet, path=str(path), label="lbl", split="fold", group="who", drop=["secret"])
+    known = {"row_id", "label", "split", "group"}
+    assert set(read_table(config).table.column_names) == {*known, "age", "pet"}
+    only = DataConfig(source=Source.parquet, path=str(path), label="lbl", features=["pet"])
+    assert set(read_table(only).table.column_names) == {"row_id", "label", "pet"}
+
+
+def test_a_feature_that_is_no_number_or_text_or_has_a_taken_name_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", label=[1], tags=[[1]], png=[png(1)], version=[3])
+    leaky = DataConfig(source=Source.parquet, path=str(path), features=["label", "version"])
+    fails(leaky, r"data\.features=label: data\.label uses this column")
+    for name, drop, message in (
+        ("tags", ["png", "version"], r"values of type list<.*add data\.drop=\[tags\]"),
+        ("png", ["tags", "version"], r"values of type binary .* data\.image=png if they are images"),
+        ("version", ["tags", "png"], r"the name is taken .* add data\.drop=\[version\]"),
+    ):
+        config = DataConfig(source=Source.parquet, path=str(path), drop=drop)
+        fails(config, rf"data\.features={name}: {message}")
+
+
 def test_classes_keep_a_subset_whose_rows_keep_their_ids(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", image=[png(i) for i in range(4)], label=[2, 10, 3, 10])
     table = read_table(parquet(path, classes=[10, "2"]))

@@ -13,10 +13,11 @@ from graftstack.cluster.sweep import plan_sweep
 from graftstack.config.compose import compose_job
 from graftstack.config.sweep import SearchName
 from graftstack.errors import ConfigError, StorageFullError
+from graftstack.finetune.passes import NoRoomError
 from graftstack.finetune.tapping import PassResult, make_shards
 from graftstack.finetune.task import Workbench
 from graftstack.report.sweep_tables import plan_tables
-from graftstack.sweep.passes import NoRoomError, ShardCall, make_pass
+from graftstack.sweep.passes import ShardCall, make_pass
 from graftstack.sweep.plan import DepthPlan, Pass, SweepPlan
 from graftstack.sweep.planner import Planner
 from graftstack.sweep.probe import ProbeScore

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from graftstack.cluster.finetune import launch
 from graftstack.config.compose import compose_job
 from graftstack.config.schema import FinetuneConfig
+from graftstack.data.load import ImageData
 from graftstack.errors import ConfigError, RunError, TrainingError, WeightsError
 from graftstack.finetune.job import train_rank
 from graftstack.finetune.task import Task, prepare
@@ -96,6 +98,25 @@ def test_a_resumed_training_ends_in_exactly_the_weights_of_the_unbroken_one(
         with pytest.raises(Killed):
             train(prepare(config_of(*overrides)), tmp_path / "broken", killing_at(step))
     assert_same(train(prepare(config_of(*overrides)), tmp_path / "broken"), unbroken)
+
+
+def test_rows_that_validate_have_no_part_in_the_last_weights_and_needn_t_be_there(tmp_path: Path) -> None:
+    task = prepare(config_of("select=last"))
+    expected = train(task, tmp_path / "validated")
+    alone = replace(prepare(config_of("select=last")), data=without_validation(task.data))
+    trained = Training(alone, LocalWorker(), Folder(tmp_path / "alone")).run()
+    assert trained.metrics == {}
+    assert trained.val_logits.shape == (0, 10)
+    assert [set(row) for row in trained.history] == [{"epoch", "train_loss"}] * 3
+    assert_same(alone.model.named_state(), expected)
+    for overrides in ((), ("select=last", "early_stop=1")):
+        chosen = replace(prepare(config_of(*overrides)), data=without_validation(task.data))
+        with pytest.raises(ValueError, match="no row validates"):
+            Training(chosen, LocalWorker(), Folder(tmp_path / "chosen"))
+
+
+def without_validation(data: ImageData) -> ImageData:
+    return replace(data, splits=data.splits._replace(val=np.empty(0, np.int64)))
 
 
 def test_a_checkpoint_in_mid_epoch_is_where_the_next_run_begins(tmp_path: Path) -> None:
@@ -210,7 +231,7 @@ def test_a_run_is_a_backbone_for_the_next(tmp_path: Path) -> None:
     after = load_file(tmp_path / "runs/grafted/model/model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items() if name.startswith("backbone."))
     assert after["head.weight"].shape == (3, 64)
-    assert grafted.manifest.details["weights"] == "run:base (conv4 trained on 5 classes)"
+    assert grafted.manifest.details["weights"] == f"run:{tmp_path}/runs/base (conv4 trained on 5 classes)"
     with pytest.raises(WeightsError, match="backbone=resnet18: run:base holds a conv4; add backbone=conv4"):
         run_job(tmp_path, "name=other", "backbone=resnet18", "backbone.weights=run:base")
 

@@ -1,5 +1,7 @@
 """What launching has in common for all jobs: a checked name and place, and a run folder that says how it ended."""
 
+import logging
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,17 +9,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from graftstack.backbones.catalog import require_known
+from graftstack.config.base_models import RUN_PREFIX, with_places
 from graftstack.config.compose import quoted
 from graftstack.config.plain import flatten, to_plain, to_yaml
 from graftstack.config.schema import ClusterConfig, ClusterKind, FinetuneConfig
 from graftstack.config.space import full_key
+from graftstack.config.stack import StackConfig, StackOptions
 from graftstack.config.sweep import SweepConfig
-from graftstack.errors import BadInputError, TrainingError
+from graftstack.errors import BadInputError, GraftstackError, TrainingError
 from graftstack.runs import MANIFEST, Manifest, Run, now
 from graftstack.storage import Folder, is_uri
+
+log = logging.getLogger(__name__)
 
 # What YAML reads as true.
 _TRUE = {"true", "yes", "on", "1"}
@@ -25,6 +32,9 @@ _TRUE = {"true", "yes", "on", "1"}
 # How often other hosts are given a sign of life.
 _BEAT_EVERY_S = 10.0
 
+# What the key of a dictionary may consist of in an override, and what is escaped there.
+_IN_KEY = re.compile(r"[\w/+.%*@?|\\()\[\]{}:=, \t-]+", flags=re.ASCII)
+_ESCAPED_IN_KEY = re.compile(r"[\\()\[\]{}:=, \t]")
 
 Config = TypeVar("Config", bound=FinetuneConfig)
 
@@ -47,14 +57,15 @@ class Checked(NamedTuple, Generic[Config]):
 def check(job: str, config: Config, overrides: Sequence[str]) -> Checked[Config]:
     """Checks what can be checked at once, without torch. Raises `BadInputError`."""
     require_known(config.backbone.name)
-    config = _with_absolute_paths(replace(config, name=config.name or _default_name(job)))
+    given = replace(config, name=config.name or _default_name(job))
+    config = _with_absolute_paths(given)
     manifest = Manifest(
         job=job,
         name=str(config.name),
         status="running",
         config=to_plain(config),
         started=now(),
-        overrides=[*overrides, *_path_overrides(config)],
+        overrides=_last_of_each_key([*overrides, *_path_overrides(config, given)]),
     )
     checked = Checked(config, manifest, Run.check(config.runs_dir, manifest, resume=config.resume))
     # What a cluster has is known once it is connected to.
@@ -63,6 +74,17 @@ def check(job: str, config: Config, overrides: Sequence[str]) -> Checked[Config]
 
         check_resources(config.cluster, machine_resources())
     return checked
+
+
+def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
+    """Leaves out what is overridden later. Keys of a space stay in the order in which they first appear."""
+    kept: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith("space"):
+            kept.pop(key, None)
+        kept[key] = override
+    return list(kept.values())
 
 
 def saved_overrides(overrides: Sequence[str]) -> list[str]:
@@ -120,40 +142,89 @@ def heartbeat(run: Run) -> Callable[[], None]:
     return beat
 
 
+@contextmanager
+def beating(run: Run) -> Iterator[None]:
+    """Shows other hosts now and then that the run is worked on, for the block, which leaves the manifest alone."""
+    is_over = Event()
+
+    def beat() -> None:
+        while not is_over.wait(_BEAT_EVERY_S):
+            try:
+                run.beat()
+            except (GraftstackError, OSError) as error:  # whoever has something to write finds out too
+                log.debug("%s: no sign of life (%s)", run.folder.location, error)
+
+    thread = Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def _default_name(job: str) -> str:
     return f"{job}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def _with_absolute_paths(config: Config) -> Config:
     data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
-    backbone = replace(config.backbone, weights=_absolute_if_file(config.backbone.weights))
-    config = replace(config, data=data, backbone=backbone, runs_dir=str(_absolute(config.runs_dir)))
-    if isinstance(config, SweepConfig):
-        taps = replace(config.taps, location=_absolute(config.taps.location))
-        config = replace(config, taps=taps, space=flatten(config.space) | _path_domains(config.space))
-    return config
+    runs_dir = str(_absolute(config.runs_dir))
+    backbone = replace(config.backbone, weights=_absolute_weights(config.backbone.weights, runs_dir))
+    changes: dict[str, Any] = {"data": data, "backbone": backbone, "runs_dir": runs_dir}
+    more: object = config
+    if isinstance(more, SweepConfig | StackOptions):
+        changes["taps"] = replace(more.taps, location=_absolute(more.taps.location))
+    if isinstance(more, SweepConfig):
+        changes["space"] = flatten(more.space) | _path_domains(more.space, runs_dir)
+    if isinstance(more, StackOptions):
+        changes["base_models"] = with_places(more.base_models, lambda weights: _absolute_weights(weights, runs_dir))
+    if isinstance(more, StackConfig) and more.from_sweep is not None:
+        changes["from_sweep"] = _absolute_run(more.from_sweep, runs_dir)
+    return replace(config, **changes)
 
 
-def _path_overrides(config: FinetuneConfig) -> list[str]:
-    """What makes a resumption from another working folder find the same files."""
+def _path_overrides(config: FinetuneConfig, given: FinetuneConfig) -> list[str]:
+    """What makes a resumption from another working folder find the same files.
+
+    Args:
+        config: With absolute paths.
+        given: As the user wrote it.
+    """
     paths = {
         "data.path": config.data.path,
         "data.cache_dir": config.data.cache_dir,
         "backbone.weights": config.backbone.weights,
     }
     domains: dict[str, Any] = {}
-    if isinstance(config, SweepConfig):
+    if isinstance(config, SweepConfig | StackOptions):
         paths["taps.location"] = config.taps.location
-        domains = _path_domains(config.space)
-    return [
+    if isinstance(config, SweepConfig):
+        domains = _path_domains(config.space, config.runs_dir)
+    if isinstance(config, StackConfig):
+        paths["from_sweep"] = config.from_sweep
+    overrides = [
         *(f"{key}={value}" for key, value in paths.items() if value is not None),
-        *(f"space.{name}=[{','.join(map(_in_list, values))}]" for name, values in domains.items()),
+        *(f"space.{name}=[{','.join(map(_in_override, values))}]" for name, values in domains.items()),
     ]
+    if isinstance(config, StackOptions) and isinstance(given, StackOptions):
+        entries = config.base_models
+        if entries != given.base_models and all(_IN_KEY.fullmatch(key) for entry in entries for key in _keys(entry)):
+            overrides.append(f"base_models={_in_override(entries)}")
+    return overrides
 
 
-def _path_domains(space: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Returns the choices of those keys of a space whose values are files, with absolute paths."""
-    by_key = {"data.path": _absolute, "backbone.weights": _absolute_if_file}
+def _keys(entry: Any) -> list[str]:
+    return list(entry) if isinstance(entry, Mapping) else []
+
+
+def _path_domains(space: Mapping[str, Any], runs_dir: str) -> dict[str, list[Any]]:
+    """Returns the choices of those keys of a space whose values are files or runs, with absolute paths."""
+
+    def weights(given: str) -> str:
+        return _absolute_weights(given, runs_dir)
+
+    by_key: dict[str, Callable[[Any], Any]] = {"data.path": _absolute, "backbone.weights": weights}
     found = {}
     for name, domain in flatten(space).items():
         if (absolute := by_key.get(full_key(name))) is not None:
@@ -162,13 +233,36 @@ def _path_domains(space: Mapping[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _in_list(value: str | None) -> str:
-    return "null" if value is None else quoted(value)
+def _in_override(value: Any) -> str:
+    """Returns a plain value as it stands in brackets in an override."""
+    if isinstance(value, Mapping):
+        items = (f"{_ESCAPED_IN_KEY.sub(_escape, key)}:{_in_override(item)}" for key, item in value.items())
+        return f"{{{','.join(items)}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_in_override, value))}]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower()
 
 
-def _absolute_if_file(weights: str) -> str:
+def _escape(found: re.Match[str]) -> str:
+    return f"\\{found[0]}"
+
+
+def _absolute_weights(weights: str, runs_dir: str) -> str:
+    """Returns a file or ``run:RUN`` with its whole path, and a name of published weights as it is."""
+    if weights.startswith(RUN_PREFIX):
+        return f"{RUN_PREFIX}{_absolute_run(weights.removeprefix(RUN_PREFIX), runs_dir)}"
     file = str(_absolute(weights))
     return file if Path(file).is_file() else weights
+
+
+def _absolute_run(reference: str, runs_dir: str) -> str:
+    """Returns the folder of a run; of one that there isn't, what it was called: who needs it complains of that."""
+    if is_uri(reference):
+        return reference
+    places = (Folder(reference), Folder(runs_dir) / reference)
+    return next((place.location for place in places if place.exists(MANIFEST)), reference)
 
 
 def _absolute(location: str | None) -> str | None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from graftstack.cluster.references import done, is_out_of_memory
 from graftstack.cluster.session import quiet_ray
 from graftstack.errors import StorageFullError, TrainingError
 from graftstack.reason import reason
@@ -16,9 +17,6 @@ _MAX_CALL_LOSSES = 2
 
 # How long to wait for a call before others are given a sign of life.
 _POLL_S = 1.0
-
-# What Ray says of a process that its memory monitor ended, before the kernel would have had to.
-_OUT_OF_MEMORY = ("OUT_OF_MEMORY", "running low on memory")
 
 _MEMORY_REMEDY = "use a smaller max_concurrent_trials or batch_size"
 
@@ -151,7 +149,7 @@ class RayPool:
             StorageFullError: nothing more can be written.
             Exception: what `make_runner` raised.
         """
-        return [self._event_of(reference) for reference in _done(list(self._running), timeout_s)]
+        return [self._event_of(reference) for reference in done(list(self._running), timeout_s)]
 
     def _event_of(self, reference: Any) -> Event:
         slot = self._running.pop(reference)
@@ -244,7 +242,7 @@ class _Calls:
         from ray.exceptions import RayError
 
         idle = []
-        for reference in _done(list(self._running), _POLL_S):
+        for reference in done(list(self._running), _POLL_S):
             place, slot = self._running.pop(reference)
             try:
                 self.results[place] = _result_of(reference)
@@ -267,18 +265,6 @@ class _Calls:
         self._waiting.appendleft(place)
 
 
-def _done(references: list[Any], timeout_s: float) -> list[Any]:
-    """Returns those that have an answer: at least one, unless none comes in time."""
-    import ray
-
-    if not references:
-        return []
-    done, others = ray.wait(references, timeout=timeout_s)
-    if done and others:
-        done = done + ray.wait(others, num_returns=len(others), timeout=0)[0]
-    return list(done)
-
-
 def _result_of(reference: Any) -> Any:
     """Returns what a call returned; raises what it raised, or a `RayError` if its process is gone."""
     import ray
@@ -292,11 +278,10 @@ def _result_of(reference: Any) -> Any:
 
 def _why(error: Exception) -> str:
     """Returns in one line what ended a unit or a call."""
-    from ray.exceptions import OutOfMemoryError, RayError
+    from ray.exceptions import RayError
 
     if not isinstance(error, RayError):
         return reason(error)
-    text = str(error)
-    if isinstance(error, OutOfMemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return f"its machine ran out of memory; {_MEMORY_REMEDY}"
     return f"its process ended without a word; if that was for want of memory, {_MEMORY_REMEDY}"

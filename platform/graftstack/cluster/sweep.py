@@ -247,7 +247,8 @@ class _Sweep:
         Returns:
             How many images went through the frozen part for it, in earlier starts too.
         """
-        from graftstack.sweep.passes import NoRoomError, make_pass
+        from graftstack.finetune.passes import NoRoomError
+        from graftstack.sweep.passes import make_pass
 
         def on_shard(done: int, total: int) -> None:
             beat()

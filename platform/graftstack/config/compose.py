@@ -64,6 +64,13 @@ def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
     return config
 
 
+def known_to(job: str, overrides: Sequence[str]) -> list[str]:
+    """Returns those of another job's overrides whose keys `job` has too."""
+    config_type = JOBS[job]
+    known = {*key_types(config_type), *_groups()}
+    return [override for override in overrides if (key := _key_of(override)) in known or _is_in_space(config_type, key)]
+
+
 def choices(group: str) -> list[str]:
     """Returns the names of the files of a configuration group."""
     return sorted(path.relative_to(conf_dir() / group).with_suffix("").as_posix() for path in _yaml_files(group))

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+T = TypeVar("T")
 
 
 def to_plain(config: object) -> Any:
@@ -17,6 +19,22 @@ def to_plain(config: object) -> Any:
     if isinstance(config, list):
         return [to_plain(item) for item in config]
     return config
+
+
+def from_plain(config_type: type[T], values: Mapping[str, Any]) -> T:
+    """Returns the configuration of which `to_plain` made `values`; what they don't say has its default.
+
+    Raises `ConfigError` as the configuration does, and `ValueError` for a word that isn't among those of its key.
+    """
+    restored: T = _restored(config_type, values)
+    return restored
+
+
+def _restored(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and is_dataclass(kind):
+        given = [item for item in fields(kind) if item.name in value]
+        return kind(**{item.name: _restored(item.type, value[item.name]) for item in given})
+    return kind(value) if isinstance(kind, type) and issubclass(kind, Enum) else value
 
 
 def to_yaml(config: object) -> str:

@@ -91,7 +91,7 @@ class Select(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Images with labels, from one source, as one Arrow table."""
+    """Images or tables with labels, from one source, as one Arrow table."""
 
     source: Source = Source.digits
     """Set by `data=NAME`: digits (bundled), image_folder, parquet, csv or torchvision."""
@@ -102,9 +102,9 @@ class DataConfig:
     image: str | None = None
     """parquet, csv: the column with encoded images (bytes), or with paths relative to the file's folder."""
     features: list[str] = field(default_factory=list)
-    """parquet, csv: tabular columns to carry along, for jobs that learn from tables."""
+    """parquet, csv: columns that jobs on tables learn from; empty, and no data.image: all that have no other use."""
     label: str = "label"
-    """parquet, csv: the column with the class of each row."""
+    """parquet, csv: the column with the class of each row, or with the number to predict."""
     split: str | None = None
     """parquet, csv: a column that says train, val or test for each row; without a val row, test rows validate."""
     val_fraction: float = 0.2
@@ -150,13 +150,18 @@ class DataConfig:
             raise ConfigError(f"data.name={self.name}: for data=torchvision only; add it, or leave the name out")
         self._check_columns()
 
+    @property
+    def has_columns(self) -> bool:
+        """Whether the source is a table, whose columns have names."""
+        return self.source in (Source.parquet, Source.csv)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images to learn from."""
+        return not self.has_columns or self.image is not None
+
     def _check_columns(self) -> None:
-        if self.source in (Source.parquet, Source.csv):
-            if self.image is None and not self.features:
-                raise ConfigError(
-                    f"data.image is missing: data={self.source.value} needs the column that holds the images; "
-                    "add data.image=COLUMN"
-                )
+        if self.has_columns:
             return
         given = {"image": self.image, "features": self.features, "split": self.split, "group": self.group}
         for key, value in given.items():

@@ -55,6 +55,19 @@ def decode(data: bytes, image_size: int) -> npt.NDArray[np.uint8]:
         raise BadImageError(reason(error)) from error
 
 
+def shorter_side(data: bytes) -> int:
+    """Returns the shorter of an encoded image's height and width, in pixels; its pixels aren't read.
+
+    Raises:
+        BadImageError: it isn't an image.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return min(image.size)
+    except Exception as error:  # as in `decode`
+        raise BadImageError(reason(error)) from error
+
+
 def _check_size(image: Image.Image) -> None:
     """Runs while only the header is read, before any pixel takes memory."""
     if image.width * image.height > MAX_PIXELS:

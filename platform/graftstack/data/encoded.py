@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from graftstack.data.decode import BadImageError, decode
+from graftstack.data.decode import BadImageError, decode, shorter_side
 from graftstack.data.location import Location
 from graftstack.errors import DataError
 from graftstack.machine import usable_cpus
@@ -67,6 +67,13 @@ class EncodedImages:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+
+    def shorter_side(self, row: int) -> int | None:
+        """Returns the shorter of the image's height and width, in pixels; None where it can't be decoded."""
+        try:
+            return shorter_side(self._read(row))
+        except BadImageError:
+            return None
 
     def error(self, bad: dict[int, str]) -> DataError:
         """Returns the error that names the first of the `bad` rows."""

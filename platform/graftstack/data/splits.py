@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from graftstack.errors import DataError
+from graftstack.errors import DataError, some_of
 from graftstack.seeding import derive_seed
 
 Rows = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ def split_words(words: npt.NDArray[np.str_]) -> npt.NDArray[np.str_]:
     unknown = [f'"{word}"' for word in distinct if word.lower() not in SPLIT_WORDS]
     if unknown:
         raise DataError(
-            f"split {_some(unknown)}: not a split; write train, val (valid, validation, dev) or test, "
+            f"split {some_of(unknown)}: not a split; write train, val (valid, validation, dev) or test, "
             "or leave data.split out"
         )
     return np.array([SPLIT_WORDS[word.lower()] for word in distinct], dtype=np.str_)[positions]
@@ -120,7 +120,7 @@ def check_no_lone_rows(labels: npt.NDArray[np.int64], class_names: Sequence[str]
     lone = [class_names[label] for label in np.flatnonzero(np.bincount(labels) == 1).tolist()]
     if lone:
         raise DataError(
-            f"class {_some(lone)} has a single image, which can't both train and "
+            f"class {some_of(lone)} has a single image, which can't both train and "
             "validate; add more images, or keep other classes with data.classes"
         )
 
@@ -138,8 +138,9 @@ def check_splits(splits: Splits, labels: npt.NDArray[np.int64], class_names: Seq
     for name, rows in (("validation", splits.val), ("test", splits.test)):
         missing = np.setdiff1d(labels[rows], labels[splits.train])
         if len(missing):
+            classes = some_of([class_names[label] for label in missing.tolist()])
             raise DataError(
-                f"class {_some([class_names[label] for label in missing.tolist()])} is in {name} but not in training; "
+                f"class {classes} is in {name} but not in training; "
                 "add training rows, or keep other classes with data.classes"
             )
 
@@ -149,7 +150,7 @@ def check_groups_apart(splits: Splits, groups: npt.NDArray[Any]) -> None:
     shared = np.intersect1d(groups[splits.train], groups[np.concatenate([splits.val, splits.test])])
     if len(shared):
         raise DataError(
-            f"group {_some([str(group) for group in shared])} is in training and outside it; "
+            f"group {some_of([str(group) for group in shared])} is in training and outside it; "
             "mend the split, or leave data.split out to split by data.group"
         )
 
@@ -157,7 +158,3 @@ def check_groups_apart(splits: Splits, groups: npt.NDArray[Any]) -> None:
 def _split_off(num_rows: int, val: Rows) -> Splits:
     val = np.sort(val)
     return Splits(train=np.setdiff1d(np.arange(num_rows), val), val=val, test=np.empty(0, np.int64))
-
-
-def _some(names: Sequence[str], *, num: int = 5) -> str:
-    return ", ".join(names[:num]) + (f" and {len(names) - num} more" if len(names) > num else "")

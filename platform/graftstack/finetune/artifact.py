@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_origin
 
+from torch import Tensor
+
 from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.backbones.registry import build
 from graftstack.errors import WeightsError
@@ -15,6 +17,8 @@ from graftstack.storage import Folder
 
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
+TRAINED = "trained.safetensors"
+"""What a training changed of a model whose frozen groups are still to be had elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,27 @@ def load_model(folder: Folder) -> tuple[GraftedModel, ModelCard]:
             "train the run again"
         ) from error
     return model.eval(), card
+
+
+def save_trained(folder: Folder, model: GraftedModel, *, above: int) -> None:
+    """Writes what training changed of a model: all but its first `above` groups, which are the backbone's own."""
+    from safetensors.torch import save
+
+    state = model.named_state(above=above)
+    folder.write(TRAINED, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+
+
+def read_trained(folder: Folder) -> dict[str, Tensor]:
+    """Returns what `save_trained` wrote, as `GraftedModel.load_named_state` takes it. Raises `WeightsError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(folder.read(TRAINED))
+    except OSError as error:
+        raise WeightsError(f"{folder.path(TRAINED)}: can't be read ({error.strerror}); train it again") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{folder.path(TRAINED)}: damaged or cut short ({error}); train it again") from error
 
 
 def _check_types(card: ModelCard) -> None:

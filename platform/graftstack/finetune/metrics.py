@@ -36,9 +36,10 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Returns num_rows / (num_classes * rows of the class) as fp32 [num_classes].
+    """Returns num_rows / (num_classes * rows of the class) as fp32 [num_classes]; 0 for a class without rows.
 
     The same as scikit-learn's ``class_weight="balanced"``.
     """
     counts = torch.bincount(labels, minlength=num_classes)
-    return (len(labels) / (num_classes * counts)).float()
+    weights = (len(labels) / (num_classes * counts)).float()
+    return torch.where(counts > 0, weights, 0.0)

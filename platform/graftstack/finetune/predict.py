@@ -50,7 +50,9 @@ def data_at(location: str, like: DataConfig) -> DataConfig:
         return replace(like, path=location, split=None, group=None, features=[], drop=[], num_train_per_class=None)
     if source is Source.image_folder:
         return DataConfig(source=source, path=location, cache_dir=like.cache_dir, on_bad_image=like.on_bad_image)
-    return DataConfig(source=source, path=location, image=like.image or "image", label=like.label)
+    # What learnt from a table without images needs none; who learnt from a folder of images finds them so.
+    image = like.image if like.source in _SOURCE_OF_SUFFIX.values() else "image"
+    return DataConfig(source=source, path=location, image=image, label=like.label)
 
 
 def predict(run: Run, data: DataConfig, *, progress: Callable[[int, int], None] | None = None) -> pa.Table:

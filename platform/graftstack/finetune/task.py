@@ -11,27 +11,18 @@ import torch
 from torch import Tensor
 
 from graftstack.backbones.backbone import Backbone, resolve_depth
-from graftstack.backbones.catalog import default_image_size, require_known
-from graftstack.backbones.preprocessing import Preprocessing, preprocessing_of
-from graftstack.backbones.registry import build
-from graftstack.backbones.weights import load_weights
+from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.config.plain import to_plain
 from graftstack.config.schema import ClassWeights, FinetuneConfig
 from graftstack.data.load import ImageData, load_images, split_again
-from graftstack.data.table import read_table
-from graftstack.errors import ConfigError, DataError, RunError, WeightsError
-from graftstack.finetune.artifact import WEIGHTS, ModelCard, read_card
+from graftstack.errors import ConfigError, DataError
+from graftstack.finetune.artifact import ModelCard
 from graftstack.finetune.batches import steps_per_epoch
+from graftstack.finetune.initial import InitialBackbone, preprocessing_for, read_backbone
 from graftstack.finetune.inputs import Augmentation, ImageInputs, Inputs
 from graftstack.finetune.metrics import balanced_weights
 from graftstack.finetune.model import GraftedModel, graft
 from graftstack.finetune.phases import Phase, phases
-from graftstack.reason import reason
-from graftstack.runs import find_run
-from graftstack.seeding import derive_seed
-from graftstack.storage import Folder
-
-_RUN_PREFIX = "run:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +121,31 @@ class Workbench:
         self._data: dict[str, ImageData] = {}
         """By the key of the data: as the last seed has split them."""
         self._seeds: dict[str, int] = {}
-        self._backbones: dict[str, _InitialBackbone] = {}
+        self._backbones: dict[str, InitialBackbone] = {}
 
-    def task(self, config: FinetuneConfig) -> Task:
-        """Returns a training with the backbone's initial weights and a new head. Raises as `prepare`."""
-        require_known(config.backbone.name)
-        preprocessing = _preprocessing(config)
-        initial = self._initial_backbone(config, preprocessing)
+    def task(self, config: FinetuneConfig, *, data: ImageData | None = None) -> Task:
+        """Returns a training with the backbone's initial weights and a new head.
+
+        Args:
+            config: The training.
+            data: Images that were read before, to be used in place of those of `config.data`.
+
+        Raises:
+            ConfigError, DataError, WeightsError: as `prepare`; or `data` isn't of the size that the backbone takes.
+        """
+        if data is None and not config.data.has_images:
+            raise DataError(
+                "data.image is missing: a backbone learns from images; name their column, data.image=COLUMN"
+            )
+        preprocessing = preprocessing_for(config)
+        if data is not None:
+            check_size(data, preprocessing, backbone=config.backbone.name)
+        initial = self._initial_backbone(config, preprocessing, None if data is None else len(data.class_names))
         backbone = initial.restored()
         freeze_depth = resolve_depth(config.freeze_depth, backbone)
         if config.epochs and config.batch_size < 2 * config.cluster.max_workers:
             _check_lone_image(config, backbone, preprocessing.image_size, freeze_depth)
-        data = self._images(config, preprocessing.image_size)
+        data = self._images(config, preprocessing.image_size) if data is None else data
         _check_batch_size(config, len(data.splits.train))
         num_classes = len(data.class_names)
         return Task(
@@ -153,17 +157,25 @@ class Workbench:
             weights_used=initial.weights_used,
         )
 
-    def _initial_backbone(self, config: FinetuneConfig, preprocessing: Preprocessing) -> "_InitialBackbone":
+    def model(self, config: FinetuneConfig, *, num_classes: int) -> GraftedModel:
+        """Returns the backbone with its initial weights and a new head, without any data. Raises as `prepare`."""
+        backbone = self._initial_backbone(config, preprocessing_for(config), num_classes).restored()
+        return graft(backbone, num_classes=num_classes, keep_head=config.backbone.keep_head, seed=config.seed)
+
+    def _initial_backbone(
+        self, config: FinetuneConfig, preprocessing: Preprocessing, num_classes: int | None
+    ) -> InitialBackbone:
         is_random = config.backbone.weights == "none"
-        own_classes = _key_of(config.data) if config.backbone.keep_head else ""
+        own_classes = ""
+        if config.backbone.keep_head:
+            own_classes = _key_of(config.data if num_classes is None else num_classes)
         key = _key_of(config.backbone, config.runs_dir, preprocessing, own_classes, config.seed if is_random else None)
         if key not in self._backbones:
-            self._backbones = {key: _read_backbone(config, preprocessing)}  # one at a time: they are large
+            # One at a time: they are large.
+            self._backbones = {key: read_backbone(config, preprocessing, num_classes)}
         return self._backbones[key]
 
     def _images(self, config: FinetuneConfig, image_size: int) -> ImageData:
-        if config.data.features and config.data.image is None:
-            raise DataError("data.features: a backbone learns from images; name their column with data.image=COLUMN")
         key = _key_of(config.data, image_size)
         if key not in self._data:
             data = load_images(config.data, image_size=image_size, seed=config.seed, progress=self._progress)
@@ -174,84 +186,18 @@ class Workbench:
         return self._data[key]
 
 
-class _InitialBackbone:
-    """A backbone that can be trained again and again, each time from its initial weights."""
-
-    def __init__(self, backbone: Backbone, weights_used: str) -> None:
-        self._backbone = backbone
-        self.weights_used = weights_used
-        self._initial: dict[str, Tensor] | None = None
-
-    def restored(self) -> Backbone:
-        """Returns the backbone as it was before the last training, with all groups frozen: who trains it thaws some.
-
-        So the groups that aren't frozen when it comes back are those that may have changed.
-        """
-        backbone = self._backbone
-        state = backbone.model.state_dict()
-        if self._initial is None:
-            self._initial = {name: tensor.clone() for name, tensor in state.items()}
-        else:
-            with torch.no_grad():
-                for name, tensor in backbone.group_state(backbone.freeze_depth, backbone.num_groups).items():
-                    tensor.copy_(self._initial[name])
-        backbone.freeze(backbone.num_groups)
-        return backbone
-
-
-def _read_backbone(config: FinetuneConfig, preprocessing: Preprocessing) -> _InitialBackbone:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "backbone"))
-        backbone = build(config.backbone.name, num_classes=_head_size(config), image_size=preprocessing.image_size)
-    resolve_depth(config.freeze_depth, backbone)
-    weights_used = _load_weights(config, backbone)
-    _check_image_size(backbone, preprocessing.image_size)
-    return _InitialBackbone(backbone, weights_used)
-
-
 def _key_of(*parts: Any) -> str:
     return json.dumps([to_plain(part) for part in parts])
 
 
-def _head_size(config: FinetuneConfig) -> int | None:
-    """Outputs of the backbone's own head: one for each class if it is kept, else as the family has it."""
-    return len(read_table(config.data).class_names) if config.backbone.keep_head else None
-
-
-def _model_of_run(config: FinetuneConfig) -> Folder | None:
-    """Returns the model folder that ``backbone.weights=run:RUN`` names, or None for other weights."""
-    if not config.backbone.weights.startswith(_RUN_PREFIX):
-        return None
-    try:
-        run = find_run(config.backbone.weights.removeprefix(_RUN_PREFIX), config.runs_dir)
-        return Folder(run.artifact("model"))
-    except RunError as error:
-        raise RunError(f"backbone.weights={_RUN_PREFIX}{error}") from error
-
-
-def _preprocessing(config: FinetuneConfig) -> Preprocessing:
-    """Images as the weights know them, in the size that the configuration asks for, if it asks."""
-    if folder := _model_of_run(config):
-        wanted = read_card(folder).preprocessing
-    else:
-        wanted = preprocessing_of(config.backbone.name, config.backbone.weights)
-    size = config.data.image_size
-    return wanted if size is None else wanted._replace(image_size=size)
-
-
-def _load_weights(config: FinetuneConfig, backbone: Backbone) -> str:
-    """Loads the configured weights and returns where they came from, for people."""
-    weights, keep_head = config.backbone.weights, config.backbone.keep_head
-    folder = _model_of_run(config)
-    if folder is None:
-        return load_weights(backbone, weights, keep_head=keep_head).description
-    card = read_card(folder)
-    if keep_head:
-        raise ConfigError(f"backbone.keep_head=true: {weights} brings no head of the backbone's own; leave it out")
-    if card.backbone != backbone.name:
-        raise WeightsError(f"backbone={backbone.name}: {weights} holds a {card.backbone}; add backbone={card.backbone}")
-    load_weights(backbone, folder.path(WEIGHTS))
-    return f"{weights} ({card.backbone} trained on {len(card.class_names)} classes)"
+def check_size(data: ImageData, preprocessing: Preprocessing, *, backbone: str) -> None:
+    """Raises `DataError` where images don't have the size that a backbone is to see."""
+    size, wanted = data.images.image_size, preprocessing.image_size
+    if size != wanted:
+        raise DataError(
+            f"data.image_size={size}: the images have {size} pixels and {backbone} is to see {wanted}; "
+            f"use data.image_size={wanted}, or one size for all that see them"
+        )
 
 
 def _check_batch_size(config: FinetuneConfig, num_train: int) -> None:
@@ -263,18 +209,6 @@ def _check_batch_size(config: FinetuneConfig, num_train: int) -> None:
         remedy = f"accumulate={max(1, num_train // config.batch_size)} or less"
     given = f"batch_size={config.batch_size}{f', accumulate={config.accumulate}' if config.accumulate > 1 else ''}"
     raise ConfigError(f"{given}: a step takes {per_step} images and the training part has {num_train}; use {remedy}")
-
-
-def _check_image_size(backbone: Backbone, size: int) -> None:
-    """Feeds the backbone a blank image."""
-    try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"data.image_size={size}: {backbone.name} can't take images of {size}x{size} pixels "
-            f"({reason(error)}); use its own {default_image_size(backbone.name)}"
-        ) from error
 
 
 def _check_lone_image(config: FinetuneConfig, backbone: Backbone, size: int, freeze_depth: int) -> None:

@@ -55,13 +55,16 @@ class Trained(NamedTuple):
     epoch: int
     """The epoch that the model is from, counted from 1; 0 if there was none."""
     metrics: dict[str, float]
-    """Validation metrics of the model."""
+    """Validation metrics of the model; empty where no row validates."""
     val_logits: Tensor
     """fp32, [num_val, num_classes], in the order of the validation split."""
 
 
 class Training:
-    """One rank's share of a training, from wherever its checkpoints say it stands."""
+    """One rank's share of a training, from wherever its checkpoints say it stands.
+
+    Where no row validates there are no metrics, and nothing that could choose an epoch: ``select=last``.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,9 @@ class Training:
         *,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
+        by_metrics = task.config.select is Select.best or task.config.early_stop is not None
+        if by_metrics and task.config.epochs and not len(task.data.splits.val):
+            raise ValueError("select=best, early_stop: no row validates; use select=last, and no early_stop")
         self.task = task
         self.config = task.config
         self.worker = worker
@@ -124,8 +130,7 @@ class Training:
         logits = self._selected_logits
         if logits is None:  # the epoch was before this process began, or there was none
             logits = self._validate()
-        metrics = classification_metrics(logits, self._val_labels())
-        return Trained(self.position.history, epoch, metrics, logits)
+        return Trained(self.position.history, epoch, self._metrics(logits), logits)
 
     def _saved_best(self, epoch: int) -> dict[str, Tensor]:
         best = self.best.load(epoch)
@@ -280,9 +285,9 @@ class Training:
     def _end_epoch(self) -> None:
         epoch = self.position.step // self.task.steps_per_epoch
         logits = self._validate()
-        metrics = classification_metrics(logits, self._val_labels())
+        metrics = self._metrics(logits)
         row = {"epoch": epoch, "train_loss": self.position.loss_sum / self.task.steps_per_epoch, **metrics}
-        is_best = metrics["accuracy"] > self.position.best_accuracy
+        is_best = bool(metrics) and metrics["accuracy"] > self.position.best_accuracy
         self.position = self.position._replace(
             history=(*self.position.history, row),
             best_epoch=epoch if is_best else self.position.best_epoch,
@@ -332,8 +337,10 @@ class Training:
                 num_classes=len(self.task.data.class_names),
             )
 
-    def _val_labels(self) -> Tensor:
-        return torch.from_numpy(self.task.data.labels[self.task.data.splits.val])
+    def _metrics(self, logits: Tensor) -> dict[str, float]:
+        """Returns the metrics of the validation part's logits; none where nothing validates."""
+        labels = torch.from_numpy(self.task.data.labels[self.task.data.splits.val])
+        return classification_metrics(logits, labels) if len(labels) else {}
 
     def _tell(self, *, loss: float, lr: float | None, images_per_s: float | None) -> None:
         if self.worker.rank != 0:

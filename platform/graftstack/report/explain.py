@@ -23,21 +23,47 @@ _EXAMPLES = {
         "space.freeze_depth=[4,all] 'space.lr=loguniform(1e-5,1e-2)' search=random num_samples=30 scheduler=asha",
         "graftstack sweep name=flowers-sweep resume=true",
     ),
+    "stack": (
+        "graftstack stack data=parquet data.path=adult.parquet data.label=income data.split=split "
+        "base_models=[LogisticRegression,RandomForestClassifier,LGBMClassifier]",
+        "graftstack stack from_sweep=flowers-sweep top=3 'base_models=[{probe:{backbone:resnet18,weights:DEFAULT}}]'",
+        "graftstack stack data=csv data.path=prices.csv data.label=price task=regression folds.kind=kfold "
+        "'base_models=[Ridge,{HistGradientBoostingRegressor:{max_iter:300}}]' meta_model=nonnegative",
+        "graftstack stack --check-leakage data=parquet data.path=adult.parquet data.label=income "
+        "base_models=[HistGradientBoostingClassifier]",
+        "graftstack stack name=adult-stack resume=true",
+    ),
+    "pipeline": (
+        "graftstack pipeline data=image_folder data.path=flowers backbone=resnet18 backbone.weights=DEFAULT "
+        "space.freeze_depth=[4,all] space.lr=[1e-4,1e-3] top=3 'base_models=[{probe:{}}]' time_limit_s=3600",
+        "graftstack pipeline name=flowers resume=true",
+    ),
 }
 
 
-_NOTES = {
-    "sweep": (
-        "The space: which keys vary, and over what. A key is any of those below that say what is trained, or the last",
-        "part of one; a value is what the key takes. Quote parentheses for the shell.",
-        "  space.lr=[1e-4,1e-3,1e-2]              each of these values; a single one needs no brackets",
-        "  space.freeze_depth=[0,2,all]           layer groups that stay as they are",
-        "  space.backbone=[resnet18,vgg11]        also optimizer, schedule, recipe; no other value of their files",
-        "  'space.lr=loguniform(1e-5,1e-2)'       from a range; with search=random or search=optuna",
-        "  'space.weight_decay=uniform(0,0.1)'    from a range, evenly",
-        "  'space.epochs=randint(5,20)'           whole numbers, both ends included",
-    )
-}
+_BASE_MODELS = (
+    "Base models: a list in brackets, quoted for the shell where it holds braces.",
+    "  LogisticRegression                     any classifier or regressor of scikit-learn, by the name of its class",
+    "  LGBMClassifier, XGBClassifier          boosted trees (pip install 'graftstack[boosting]')",
+    "  {RandomForestClassifier:{n_estimators:500,name:forest}}   with parameters, and a name of its own",
+    "  {finetune:{freeze_depth:2,lr:1e-3}}    a fine-tuning, with the keys below where they aren't given",
+    "  {probe:{freeze_depth:all}}             a classifier on the outputs of frozen layer groups (estimator:NAME)",
+    "  run:RUN                                a finetune run; from_sweep=RUN top=K for the best trials of a sweep",
+    "Columns of a table are encoded inside each fold, as suits the base model; missing values and text are welcome.",
+)
+
+_SPACE = (
+    "The space: which keys vary, and over what. A key is any of those below that say what is trained, or the last",
+    "part of one; a value is what the key takes. Quote parentheses for the shell.",
+    "  space.lr=[1e-4,1e-3,1e-2]              each of these values; a single one needs no brackets",
+    "  space.freeze_depth=[0,2,all]           layer groups that stay as they are",
+    "  space.backbone=[resnet18,vgg11]        also optimizer, schedule, recipe; no other value of their files",
+    "  'space.lr=loguniform(1e-5,1e-2)'       from a range; with search=random or search=optuna",
+    "  'space.weight_decay=uniform(0,0.1)'    from a range, evenly",
+    "  'space.epochs=randint(5,20)'           whole numbers, both ends included",
+)
+
+_NOTES = {"sweep": _SPACE, "stack": _BASE_MODELS, "pipeline": (*_SPACE, *_BASE_MODELS)}
 
 
 def job_help(job: str) -> str:

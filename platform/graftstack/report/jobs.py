@@ -1,103 +1,173 @@
 """Jobs as a person meets them: composed, launched with a display, and summed up."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
 from graftstack.cluster.launching import check, saved_overrides
+from graftstack.cluster.pipeline import PipelineDisplays, check_stack_part, launch_pipeline
+from graftstack.cluster.stack import check_leakage, launch_stack, plan_stack
 from graftstack.cluster.sweep import launch_sweep, plan_sweep
+from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
-from graftstack.config.schema import FinetuneConfig
-from graftstack.config.sweep import SweepConfig
-from graftstack.report import sweep_tables, tables
+from graftstack.errors import BadInputError
+from graftstack.report import stack_tables, sweep_tables, tables
 from graftstack.report.console import plain_console
 from graftstack.report.progress import job_display
+from graftstack.report.stack_progress import stack_display
 from graftstack.report.sweep_progress import sweep_display
-from graftstack.runs import Run, find_run
+from graftstack.runs import Run
+
+
+class _Asked(NamedTuple):
+    """A job that a person has asked for."""
+
+    job: str
+    config: Any
+    overrides: list[str]
+    console: Console
+    verbose: bool
 
 
 def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run:
     """Runs a job to its end, showing its progress, and prints where its results lie."""
     console = plain_console(stderr=True)
-    overrides = [*saved_overrides(overrides), *overrides]
-    config = compose_job(job, overrides)
-    if isinstance(config, SweepConfig):
-        with sweep_display(console) as display:
-            run = launch_sweep(config, overrides=overrides, display=display, verbose=verbose)
-        console.print(sweep_tables.trials_table(run.manifest.results["trials"]))
-        console.print(sweep_tables.reuse_line(run.manifest.results["reuse"]), highlight=False, soft_wrap=True)
-    else:
-        with job_display(console) as display:
-            run = launch(job, config, overrides=overrides, display=display, verbose=verbose)
-    accuracy = tables.number(run.manifest.metrics.get("accuracy"))
-    console.print(f"{run.manifest.name}: {run.manifest.status}, accuracy {accuracy}", highlight=False, soft_wrap=True)
+    run = _RUN[job](_asked(job, overrides, console, verbose=verbose))
+    name, value = next(iter(_main_metric(run.manifest.metrics).items()))
+    said = f"{run.manifest.name}: {run.manifest.status}, {name} {tables.number(value)}"
+    console.print(said, highlight=False, soft_wrap=True)
     plain_console().print(run.folder.location, highlight=False, soft_wrap=True)
     return run
 
 
 def plan_job(job: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Checks a job and prints what it would do."""
-    config = compose_job(job, overrides)
-    shown, found = (
-        _plan_of_sweep(config, overrides) if isinstance(config, SweepConfig) else _plan(job, config, overrides)
-    )
+    planned = _PLAN[job](_asked(job, overrides, plain_console(stderr=True), verbose=False))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(planned.found, indent=2))
         return
-    for table in shown:
+    for table in planned.tables:
         plain_console().print(table, "")
 
 
-def _plan(job: str, config: FinetuneConfig, overrides: Sequence[str]) -> tuple[list[Table], dict[str, Any]]:
-    config = check(job, config, overrides).config
+def check_job_for_leakage(job: str, overrides: Sequence[str], *, verbose: bool = False) -> bool:
+    """Prints how a stack does on shuffled labels, and returns whether nothing does better than chance."""
+    if job != "stack":
+        raise BadInputError(f"--check-leakage: looks into a stack; use graftstack stack --check-leakage, not {job}")
+    asked = _asked(job, overrides, plain_console(stderr=True), verbose=verbose)
+    with stack_display(asked.console) as display:
+        report = check_leakage(asked.config, overrides=asked.overrides, display=display, verbose=verbose)
+    console = plain_console()
+    console.print(stack_tables.leakage_table(report))
+    verdict = f"leaks: {', '.join(report.leaking)}" if report.leaking else "no leak: all is at chance"
+    console.print(verdict, highlight=False, soft_wrap=True)
+    return not report.leaking
+
+
+def _asked(job: str, overrides: Sequence[str], console: Console, *, verbose: bool) -> _Asked:
+    everything = [*saved_overrides(overrides), *overrides]
+    if job == "stack":
+        everything = [*inherited_overrides(everything), *everything]
+    return _Asked(job, compose_job(job, everything), everything, console, verbose)
+
+
+def _main_metric(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Returns the metric by which runs are compared: the accuracy; the error of a regression."""
+    return {"rmse": metrics["rmse"]} if "rmse" in metrics else {"accuracy": metrics.get("accuracy")}
+
+
+def _run_training(asked: _Asked) -> Run:
+    with job_display(asked.console) as display:
+        return launch(asked.job, asked.config, overrides=asked.overrides, display=display, verbose=asked.verbose)
+
+
+def _run_sweep(asked: _Asked) -> Run:
+    with sweep_display(asked.console) as display:
+        run = launch_sweep(asked.config, overrides=asked.overrides, display=display, verbose=asked.verbose)
+    _show_sweep(run, asked.console)
+    return run
+
+
+def _run_stack(asked: _Asked) -> Run:
+    with stack_display(asked.console) as display:
+        run = launch_stack(asked.config, overrides=asked.overrides, display=display, verbose=asked.verbose)
+    _show_stack(run, asked.console)
+    return run
+
+
+def _run_pipeline(asked: _Asked) -> Run:
+    with sweep_display(asked.console) as sweep, stack_display(asked.console) as stack:
+        displays = PipelineDisplays(sweep, stack)
+        run = launch_pipeline(asked.config, overrides=asked.overrides, displays=displays, verbose=asked.verbose)
+    _show_sweep(run, asked.console)
+    _show_stack(run, asked.console)
+    return run
+
+
+def _show_sweep(run: Run, console: Console) -> None:
+    console.print(sweep_tables.trials_table(run.manifest.results["trials"]))
+    console.print(sweep_tables.reuse_line(run.manifest.results["reuse"]), highlight=False, soft_wrap=True)
+
+
+def _show_stack(run: Run, console: Console) -> None:
+    results = run.manifest.results
+    console.print(stack_tables.leaderboard_table(results["base_models"], results["stack"]))
+
+
+class _Planned(NamedTuple):
+    tables: list[Table]
+    found: dict[str, Any]
+    """For ``--json``."""
+
+
+def _plan_training(asked: _Asked) -> _Planned:
+    config = check(asked.job, asked.config, asked.overrides).config
 
     from graftstack.finetune.plan import make_plan
     from graftstack.finetune.task import prepare
 
-    with job_display(plain_console(stderr=True)) as display:
+    with job_display(asked.console) as display:
         plan = make_plan(prepare(config, progress=display.reading))
-    return tables.plan_tables(plan), asdict(plan)
+    return _Planned(tables.plan_tables(plan), asdict(plan))
 
 
-def _plan_of_sweep(config: SweepConfig, overrides: Sequence[str]) -> tuple[list[Table], dict[str, Any]]:
-    with sweep_display(plain_console(stderr=True), shows_plan=False) as display:
-        plan, probes = plan_sweep(config, overrides=overrides, display=display)
+def _plan_sweep(asked: _Asked) -> _Planned:
+    with sweep_display(asked.console, shows_plan=False) as display:
+        plan, probes = plan_sweep(asked.config, overrides=asked.overrides, display=display)
     found = {**asdict(plan), "predicted_s": plan.predicted_s, "probes": [score._asdict() for score in probes]}
-    return sweep_tables.plan_tables(plan, probes), found
+    return _Planned(sweep_tables.plan_tables(plan, probes), found)
 
 
-def predict_run(reference: str, location: str, out: str, *, runs_dir: str) -> None:
-    """Writes a prediction for every row of the data at `location` to the Parquet file `out`."""
-    run = find_run(reference, runs_dir)
-
-    from graftstack.finetune import predict
-
-    predict.check_out(out)
-    with job_display(plain_console(stderr=True)) as display:
-        table = predict.predict(run, predict.data_at(location, predict.data_of_run(run)), progress=display.reading)
-    predict.write_predictions(table, out)
-    plain_console(stderr=True).print(f"{table.num_rows} predictions", highlight=False)
-    plain_console().print(out, highlight=False, soft_wrap=True)
+def _plan_stack(asked: _Asked) -> _Planned:
+    with stack_display(asked.console) as display:
+        plan = plan_stack(asked.config, overrides=asked.overrides, display=display)
+    return _Planned(stack_tables.plan_tables(plan), asdict(plan))
 
 
-def evaluate_run(reference: str, location: str | None, *, part: str | None, as_json: bool, runs_dir: str) -> None:
-    """Prints the metrics of a run's model on its own validation part, or on other data."""
-    run = find_run(reference, runs_dir)
+def _plan_pipeline(asked: _Asked) -> _Planned:
+    """The stack depends on the trials that the sweep finds best; as far as it doesn't, it is checked."""
+    with stack_display(asked.console) as display:
+        check_stack_part(asked.config, asked.overrides, display)
+    return _plan_sweep(asked)
 
-    from graftstack.finetune import predict
 
-    own = predict.data_of_run(run)
-    data = own if location is None else predict.data_at(location, own)
-    if location is not None and part not in (None, "all"):
-        data = replace(data, split=own.split, group=own.group)
-    with job_display(plain_console(stderr=True)) as display:
-        default_part = "val" if location is None else "all"
-        metrics = predict.evaluate(run, data, part=part or default_part, progress=display.reading)
-    if as_json:
-        print(json.dumps(metrics))
-    else:
-        plain_console().print(tables.metrics_table(metrics))
+_RUN: dict[str, Callable[[_Asked], Run]] = {
+    "finetune": _run_training,
+    "pretrain": _run_training,
+    "sweep": _run_sweep,
+    "stack": _run_stack,
+    "pipeline": _run_pipeline,
+}
+
+_PLAN: dict[str, Callable[[_Asked], _Planned]] = {
+    "finetune": _plan_training,
+    "pretrain": _plan_training,
+    "sweep": _plan_sweep,
+    "stack": _plan_stack,
+    "pipeline": _plan_pipeline,
+}

@@ -8,14 +8,13 @@ import torch
 
 from graftstack.config.schema import Precision
 from graftstack.errors import TrainingError
-from graftstack.finetune.artifact import load_model, save_model
+from graftstack.finetune.artifact import load_model, read_trained, save_model
 from graftstack.finetune.inference import predict_logits
 from graftstack.finetune.job import METRICS, MODEL, VAL_PREDICTIONS
 from graftstack.finetune.predictions import parquet_bytes, prediction_table
 from graftstack.finetune.task import Task
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
-from graftstack.sweep.runner import trained_model
 from graftstack.sweep.trials import Trial, TrialResult
 
 
@@ -72,4 +71,7 @@ def save_outcome(task: Task, best: Trial, results: Sequence[TrialResult], folder
 def _model_of(task: Task, trials: Folder, best: Trial) -> Any:
     """A trial of several workers leaves its whole model; others what they changed of it."""
     whole = trials / best.name / MODEL
-    return load_model(whole)[0] if whole.exists() else trained_model(task, trials, best).cpu()
+    if whole.exists():
+        return load_model(whole)[0]
+    task.model.load_named_state(read_trained(trials / best.name), above=task.freeze_depth)
+    return task.model.cpu()

@@ -1,10 +1,9 @@
-"""Making the taps of a sweep: what is missing, in one pass, by one maker at a time."""
+"""Making the taps of a sweep: each pass with a trial that knows its backbone and its images."""
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from graftstack.errors import GraftstackError, StorageFullError
+from graftstack.finetune.passes import make_missing
 from graftstack.finetune.tapping import PassResult
 from graftstack.sweep.plan import Pass
 from graftstack.sweep.trials import Trial
@@ -21,18 +20,6 @@ class ShardCall(NamedTuple):
     start: TapSpec | None
 
 
-class NoRoomError(GraftstackError):
-    """Taps find no room, in their budget or on the disk; nothing of them is left there.
-
-    Attributes:
-        lacking: Those that aren't whole; the other taps of the pass are.
-    """
-
-    def __init__(self, why: str, lacking: list[TapSpec]) -> None:
-        super().__init__(why)
-        self.lacking = lacking
-
-
 def make_pass(
     wanted: Pass,
     store: TapStore,
@@ -40,53 +27,18 @@ def make_pass(
     make: Callable[[Sequence[ShardCall]], Sequence[PassResult]],
     keep: Collection[str] = (),
 ) -> int:
-    """Makes what is missing of the taps of a pass; returns how many images went through the frozen part for it.
-
-    Another process of this machine that wants one of them waits, and then finds it made. A pass that was cut short
-    goes on from its last whole shard; where a shallower tap is whole, it takes the place of the images.
+    """Makes what is missing of the taps of a pass, as `make_missing`, which says what is returned and raised.
 
     Args:
         wanted: The taps.
         store: Where they lie.
         make: Makes shards, one call each, in any order and wherever there is room.
         keep: Digests of taps that don't give way to those of this pass.
-
-    Raises:
-        NoRoomError: other taps in use leave too little of `taps.budget_bytes`, or of the disk, or that became full.
     """
-    specs = [spec for _, spec in sorted(wanted.specs.items())]
-    known = [*specs, wanted.start] if wanted.start else specs
-    with store.making(known):
-        missing = {spec: store.missing_shards(spec) for spec in specs}
-        lacking = {spec: shards for spec, shards in missing.items() if shards}
-        if not lacking:
-            return 0
-        if not store.make_room(_num_bytes(lacking), keep={*keep, *(spec.key.digest for spec in known)}):
-            raise NoRoomError("taps in use leave too little of taps.budget_bytes", list(lacking))
-        start = _start([spec for spec in known if spec not in lacking], store, before=next(iter(lacking)))
-        try:
-            results = make(_calls(wanted.trial, lacking, start))
-        except StorageFullError as error:
-            for spec in lacking:  # while nobody else counts on them
-                store.remove(spec)
-            raise NoRoomError(str(error), list(lacking)) from error
-        return sum(result.num_forwards for result in results)
-
-
-def _num_bytes(lacking: Mapping[TapSpec, Sequence[int]]) -> int:
-    return sum(len(spec.items_of(shard)) * spec.item_bytes for spec, shards in lacking.items() for shard in shards)
-
-
-def _start(candidates: Sequence[TapSpec], store: TapStore, *, before: TapSpec) -> TapSpec | None:
-    """Returns the deepest whole tap that is shallower than all that are to be made, or None."""
-    shallower = [spec for spec in candidates if spec.key.boundary < before.key.boundary]
-    by_depth = sorted(shallower, key=lambda spec: spec.key.boundary, reverse=True)
-    return next((spec for spec in by_depth if store.is_complete(spec)), None)
-
-
-def _calls(trial: Trial, lacking: Mapping[TapSpec, Sequence[int]], start: TapSpec | None) -> list[ShardCall]:
-    positions: dict[int, list[int]] = defaultdict(list)
-    for position, shards in enumerate(lacking.values()):
-        for shard in shards:
-            positions[shard].append(position)
-    return [ShardCall(trial, list(lacking), {shard: positions[shard]}, start) for shard in sorted(positions)]
+    return make_missing(
+        wanted.specs,
+        store,
+        make=lambda jobs: make([ShardCall(wanted.trial, *job) for job in jobs]),
+        start=wanted.start,
+        keep=keep,
+    )

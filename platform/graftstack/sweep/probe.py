@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graftstack.finetune.pooling import averaged
 from graftstack.seeding import derive_seed
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -41,16 +42,10 @@ class ProbeScore(NamedTuple):
 def pooled(x: Tensor) -> Tensor:
     """Returns one fp32 feature vector for each item, [N, D] with D at most `MAX_DIM`.
 
-    Maps [N, C, H, W] are averaged over their places, also channels-last ones, as Swin has them: those are known by
-    their first two extents being the equal ones. Tokens [N, T, D] are averaged too; vectors are taken as they are.
-    Longer vectors are projected at random, always in the same way.
+    Maps and tokens are averaged over their places (`averaged`); longer vectors are projected at random, always in the
+    same way.
     """
-    x = x.float()
-    if x.ndim == 4:
-        is_channels_last = x.shape[1] == x.shape[2] != x.shape[3]
-        x = x.mean(dim=(1, 2) if is_channels_last else (2, 3))
-    elif x.ndim == 3:
-        x = x.mean(dim=1)
+    x = averaged(x)
     return x if x.shape[1] <= MAX_DIM else _projected(x)
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
-from safetensors.torch import load, save
 
 from graftstack.config.sweep import TapsConfig
 from graftstack.errors import ConfigError, DataError, OutOfMemoryError, TrainingError
+from graftstack.finetune.artifact import save_trained
 from graftstack.finetune.counting import ForwardCount, counting_forwards
-from graftstack.finetune.model import GraftedModel
 from graftstack.finetune.tapping import PassResult, make_shards, tap_inputs
 from graftstack.finetune.task import Task, Workbench
 from graftstack.finetune.training import Trained, Training
@@ -27,7 +26,6 @@ from graftstack.taps.key import TapSpec
 from graftstack.taps.store import TapStore
 from graftstack.taps.tap import Tap, TapMissingError
 
-WEIGHTS = "trained.safetensors"
 FUSED = "fused-"
 """How the folders begin in which fused units save their state."""
 
@@ -135,7 +133,7 @@ class TrialRunner:
             if status == "stopped" and self._may_promote:
                 training.save()
             trained = training.finish()
-            self._save_weights(trial, task.model, above=task.freeze_depth)
+            save_trained(self._folder / trial.name, task.model, above=task.freeze_depth)
             self._record(trial, _result(trial, status, trained, time.perf_counter() - began, count))
         if status == "done" or not self._may_promote:
             checkpoints.remove_all()
@@ -154,7 +152,8 @@ class TrialRunner:
             def end(indices: Sequence[int], status: Status) -> None:
                 share_s = (time.perf_counter() - began) / len(by_index)
                 for index, trained in fused.finish(indices).items():
-                    self._save_weights(by_index[index], tasks[index].model, above=tasks[index].freeze_depth)
+                    folder = self._folder / by_index[index].name
+                    save_trained(folder, tasks[index].model, above=tasks[index].freeze_depth)
                     self._record(by_index[index], _result(by_index[index], status, trained, share_s, ForwardCount()))
 
             def fail() -> None:
@@ -196,12 +195,6 @@ class TrialRunner:
         task = self._workbench.task(trial.config)
         return task if tap is None else replace(task, tap=tap_inputs(task, tap))
 
-    def _save_weights(self, trial: Trial, model: GraftedModel, *, above: int) -> None:
-        """Keeps what training changed; the frozen groups are the backbone's own."""
-        state = model.named_state(above=above)
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-        (self._folder / trial.name).write(WEIGHTS, content)
-
     def _record(self, trial: Trial, result: TrialResult) -> None:
         made, self._forwards_of_taps = self._forwards_of_taps, 0
         before = self._ledger.find(trial.index) if self._may_promote else None
@@ -211,13 +204,6 @@ class TrialRunner:
         result = replace(result, backbone_forwards=result.backbone_forwards + made)
         self._ledger.write(result)
         self._results[trial.index] = result
-
-
-def trained_model(task: Task, trials_folder: Folder, trial: Trial) -> GraftedModel:
-    """Puts the weights that a finished trial left into the model of its task, and returns it."""
-    state = load((trials_folder / trial.name).read(WEIGHTS))
-    task.model.load_named_state(state, above=task.freeze_depth)
-    return task.model
 
 
 def _digest(params: Mapping[str, object]) -> str:

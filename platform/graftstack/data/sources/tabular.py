@@ -17,7 +17,9 @@ from graftstack.reason import reason
 from graftstack.storage import is_uri
 
 _FILE = "__filename"  # pyarrow's name for the column that says which file a row comes from
-_NAMES = frozenset({"row_id", "image", "path", "version", "label", "split", "group"})
+
+OWN_COLUMNS = frozenset({"row_id", "image", "path", "version", "label", "split", "group"})
+"""Names of columns that no feature can have: `sources` gives them to what has another use."""
 
 
 def read_files(config: DataConfig, file_format: Any, suffix: str) -> pa.Table:
@@ -36,11 +38,21 @@ def read_files(config: DataConfig, file_format: Any, suffix: str) -> pa.Table:
     return _normalise(config, table, location).replace_schema_metadata({"columns": "\n".join(dataset.schema.names)})
 
 
-def missing_column(key: str, name: str, known: list[str]) -> DataError:
+class MissingColumnError(DataError):
+    """A key names a column that isn't there."""
+
+    key: str
+    known: list[str]
+    """The columns that are there."""
+
+
+def missing_column(key: str, name: str, known: list[str]) -> MissingColumnError:
     """Returns the error for a column that isn't there."""
     hint = did_you_mean(name, known)
     listed = "" if hint.startswith("known") else f" ({did_you_mean('', known)})"
-    return DataError(f"{key}={name}: no such column; {hint}{listed}")
+    error = MissingColumnError(f"{key}={name}: no such column; {hint}{listed}")
+    error.key, error.known = key, known
+    return error
 
 
 def _open(config: DataConfig, location: Location, file_format: Any, suffix: str) -> Any:
@@ -67,11 +79,21 @@ def _columns(config: DataConfig, known: list[str]) -> list[str]:
     for key, name in named:
         if name in config.drop:
             raise DataError(f"data.drop={name}: {key} uses this column; take it out of one of them")
-    named += [("data.features", name) for name in config.features if name not in config.drop]
+    if config.label in config.features:
+        raise DataError(f"data.features={config.label}: data.label uses this column; take it out of one of them")
+    named += [("data.features", name) for name in _features(config, known)]
     for key, name in [*named, *(("data.drop", name) for name in config.drop)]:
         if name not in known:
             raise missing_column(key, name, known)
     return list(dict.fromkeys(name for _, name in named))
+
+
+def _features(config: DataConfig, known: list[str]) -> list[str]:
+    """Returns the columns to learn from: those that are named, or, without images, all that have no other use."""
+    if config.features or config.image is not None:
+        return [name for name in config.features if name not in config.drop]
+    used = {config.label, config.split, config.group, *config.drop}
+    return [name for name in known if name not in used]
 
 
 def _normalise(config: DataConfig, table: pa.Table, location: Location) -> pa.Table:
@@ -84,13 +106,23 @@ def _normalise(config: DataConfig, table: pa.Table, location: Location) -> pa.Ta
         columns["split"] = class_column(table[config.split], f"data.split={config.split}")
     if config.group is not None:
         columns["group"] = class_column(table[config.group], f"data.group={config.group}")
-    for name in config.features:
-        if name in config.drop:
-            continue
-        if name in _NAMES:
-            raise DataError(f"data.features={name}: the name is taken for another use; rename the column")
-        columns[name] = table[name]
+    for name in _features(config, [name for name in table.column_names if name != _FILE]):
+        columns[name] = _feature(name, table[name])
     return pa.table(columns)
+
+
+def _feature(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if name in OWN_COLUMNS:
+        raise DataError(
+            f"data.features={name}: the name is taken for another use; rename the column, or add data.drop=[{name}]"
+        )
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind) or _holds_bytes(kind):
+        raise DataError(
+            f"data.features={name}: values of type {kind} are neither numbers nor text; add data.drop=[{name}], "
+            f"or data.image={name} if they are images"
+        )
+    return column
 
 
 def _images(config: DataConfig, table: pa.Table, location: Location) -> dict[str, Any]:

@@ -1,0 +1,221 @@
+"""Calls as tasks of a Ray cluster."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+
+from graftstack.cluster.references import done, is_out_of_memory
+from graftstack.cluster.session import quiet_ray, ray_session
+from graftstack.config.schema import ClusterConfig, ClusterKind
+from graftstack.errors import TrainingError
+from graftstack.executors import WarmingExecutor, inline, warm
+from graftstack.executors.messages import pack, perform, unpack
+from graftstack.machine import is_memory_short, usable_cpus
+from graftstack.reason import reason
+from graftstack.runtime import Call, CallEnd, CallFailed, CallLost, Executor
+
+# What starting Ray on this machine, the imports of its workers and ending it all cost.
+_START_S = 6.0
+
+# How long what the cluster has is taken for granted.
+_LOOK_AGAIN_S = 1.0
+
+# How long processes may take to end.
+_END_S = 10.0
+
+_OUT_OF_MEMORY = "its machine ran out of memory, and Ray ended its process"
+
+
+class RayExecutor:
+    """Slots on the connected Ray cluster; a call is a task that takes a CPU for each of its threads.
+
+    Ray keeps the processes warm between tasks, and what is shared once in the memory of each node, where tasks read
+    it in place. A call for which a machine had no memory halves the slots.
+
+    Args:
+        num_slots: No more than these; all CPUs of the cluster by default, as many as it has at the time.
+        verbose: Whether Ray's own loggers speak in the processes.
+        close_too: Called when the executor is closed, after everything of it has ended.
+    """
+
+    def __init__(
+        self, num_slots: int | None = None, *, verbose: bool = False, close_too: Callable[[], None] = lambda: None
+    ) -> None:
+
+        self._granted = num_slots or sys.maxsize
+        self._close_too = close_too
+        self._task = _task()
+        self._is_quiet = not verbose
+        self._ended: list[CallEnd] = []
+        self._running: dict[Any, Call] = {}
+        self._nodes = _Nodes()
+
+    @property
+    def num_slots(self) -> int:
+        """What the cluster has now of what was granted; no more than are in use while memory is short here."""
+        num = min(self._granted, self._nodes.num_cpus)
+        if num > 1 and is_memory_short():
+            num = min(num, sum(call.num_threads for call in self._running.values()))
+        return max(1, num)
+
+    def share(self, value: Any) -> Any:
+        """Puts `value` into the object store.
+
+        Raises:
+            TypeError: it can't be pickled.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            return ray.put(value)
+        except RayError:  # of Ray itself, e.g. that the object store is full
+            raise
+        except Exception as error:  # whatever the pickling of a user's object raises
+            raise TypeError(
+                f"a {type(value).__name__} can't be sent to workers ({reason(error)}); use an executor in this process"
+            ) from error
+
+    def submit(self, call: Call) -> None:
+        """Begins a call; Ray lets it wait if the CPUs are taken by others."""
+        import ray
+
+        packed = pack(call, lambda arg: isinstance(arg, ray.ObjectRef))
+        if isinstance(packed, CallFailed):
+            self._ended.append(packed)
+            return
+        # One that no node has room for would wait for ever.
+        num_cpus = max(1, min(call.num_threads, self._granted, self._nodes.most_cpus))
+        task = self._task.options(num_cpus=num_cpus)
+        reference = task.remote(packed.payload, call.num_threads, self._is_quiet, *packed.handles)
+        self._running[reference] = call
+
+    def wait(self, timeout_s: float) -> list[CallEnd]:
+        """Returns what has ended since, after at most `timeout_s`."""
+        if self._ended:
+            timeout_s = 0.0
+        elif not self._running:
+            time.sleep(timeout_s)
+        ended, self._ended = self._ended, []
+        return ended + [self._end_of(reference) for reference in done(list(self._running), timeout_s)]
+
+    def cancel(self, key: str) -> None:
+        """Ends the process of a call that is under way, soon: the next one waits in Ray until it is gone."""
+        import ray
+
+        self._ended = [end for end in self._ended if end.key != key]
+        for reference in [reference for reference, call in self._running.items() if call.key == key]:
+            del self._running[reference]
+            if ray.is_initialized():
+                ray.cancel(reference, force=True)
+
+    def expect(self, seconds: float) -> None:
+        """Does nothing: Ray starts processes by itself."""
+
+    def close(self) -> None:
+        """Ends the processes of the calls under way, and waits until they are gone."""
+        import ray
+
+        running, self._running, self._ended = list(self._running), {}, []
+        if ray.is_initialized() and running:
+            for reference in running:
+                ray.cancel(reference, force=True)
+            ray.wait(running, num_returns=len(running), timeout=_END_S)
+        close_too, self._close_too = self._close_too, lambda: None
+        close_too()
+
+    def _end_of(self, reference: Any) -> CallEnd:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        call = self._running.pop(reference)
+        try:
+            return unpack(call.key, ray.get(reference))
+        except RayTaskError as error:  # what is ours has not been reached in the worker, e.g. can't be imported
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            return CallFailed(call.key, TrainingError(f"a worker of Ray can't make calls ({reason(cause)})"))
+        except RayError as error:
+            return self._loss_of(call, error)
+
+    def _loss_of(self, call: Call, error: Exception) -> CallLost:
+        if is_out_of_memory(error):
+            self._granted = max(1, min(self._granted, self._nodes.num_cpus) // 2)
+            return CallLost(call.key, _OUT_OF_MEMORY, is_out_of_memory=True)
+        return CallLost(call.key, f"its process or node is gone ({reason(error)})", is_out_of_memory=False)
+
+
+class _Nodes:
+    """The CPUs of the connected cluster, looked up now and then."""
+
+    def __init__(self) -> None:
+        self._looked: float | None = None
+        self._cpus: list[int] = []
+
+    @property
+    def num_cpus(self) -> int:
+        """Of all nodes that are alive."""
+        self._look()
+        return sum(self._cpus)
+
+    @property
+    def most_cpus(self) -> int:
+        """Of the largest."""
+        self._look()
+        return max(self._cpus, default=1)
+
+    def _look(self) -> None:
+        import ray
+
+        if self._looked is not None and time.monotonic() < self._looked + _LOOK_AGAIN_S:
+            return
+        self._cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self._looked = time.monotonic()
+
+
+def connect(num_slots: int | None = None, *, cluster: ClusterConfig | None = None, verbose: bool = False) -> Executor:
+    """Returns an executor on the connected Ray; where there is none, one that connects, and disconnects when closed.
+
+    A Ray on this machine, which is the default, is started once it is worth that; calls run in this process until
+    then, and to their end where there is but one slot. Who has a cluster elsewhere is connected at once.
+
+    Raises:
+        ConfigError: no cluster answers at `cluster.address`.
+    """
+    cluster = cluster or ClusterConfig()
+    if cluster.kind is ClusterKind.inline:
+        return inline()
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return RayExecutor(num_slots, verbose=verbose)
+    if cluster.kind is ClusterKind.ray:
+        return _connected(num_slots, cluster, verbose=verbose)
+    if (num_slots or usable_cpus()) < 2:
+        return inline()
+    return WarmingExecutor(partial(_warm, num_slots, cluster, verbose=verbose), start_s=_START_S)
+
+
+def _connected(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> RayExecutor:
+    with ExitStack() as stack:
+        stack.enter_context(ray_session(cluster, verbose=verbose))
+        return RayExecutor(num_slots, verbose=verbose, close_too=stack.pop_all().close)
+
+
+def _warm(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> Executor:
+    return warm(_connected(num_slots, cluster, verbose=verbose))
+
+
+@cache
+def _task() -> Any:
+    """Returns `_perform` as a task: one for all executors, since Ray sends each anew to every worker."""
+    import ray
+
+    return ray.remote(max_retries=0, retry_exceptions=False)(_perform)
+
+
+def _perform(payload: bytes, num_threads: int, is_quiet: bool, *held: Sequence[Any]) -> bytes:  # noqa: FBT001
+    """Makes a packed call in a worker of Ray, which has read what handles stand for."""
+    if is_quiet:
+        quiet_ray()
+    return perform(payload, lambda: held, num_threads)

@@ -1,0 +1,43 @@
+"""What benchmarks have in common: clocks, tables of figures, and where real data lies."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Table:
+    """Rows that are printed at once, so that a long benchmark can be watched."""
+
+    def __init__(self, title: str) -> None:
+        print(f"\n{title}", flush=True)
+
+    def row(self, name: str, value: str, target: str = "") -> None:
+        print(f"  {name:<58} {value:>16}   {target}", flush=True)
+
+
+class Timed(NamedTuple):
+    """What a piece of work took, and what it returned."""
+
+    seconds: float
+    result: Any
+
+
+def timed(work: Callable[[], Any]) -> Timed:
+    """Does the work."""
+    began = time.perf_counter()
+    result = work()
+    return Timed(time.perf_counter() - began, result)
+
+
+def real_data(name: str) -> Path:
+    """Returns where a file of the test data lies."""
+    return Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / name
+
+
+def load_average() -> str:
+    """Returns how busy the machine is with everything, over the last minute."""
+    return f"load {os.getloadavg()[0]:.1f}"
