@@ -113,6 +113,15 @@ def test_trials_stand_beside_other_base_models(shown: Shown) -> None:
     assert found["details"]["num_tasks_run"] == 2 * 4 + 2
 
 
+def test_a_trial_whose_batches_no_fold_fills_is_refused_at_once_or_left_out(shown: Shown, place: Path) -> None:
+    few = ("from_sweep=wide", "top=1", "base_models=[GaussianNB]", "data.num_train_per_class=12")
+    with pytest.raises(
+        ConfigError, match=r"^base model trial-\d fold 1 of 5: batch_size=32: a step takes 32 images and"
+    ):
+        prepared(place, *DIGITS, *few)
+    assert names_of(shown("stack", *few, "on_error=drop")) == {"GaussianNB"}
+
+
 def test_a_run_becomes_a_base_model_by_its_name_or_another(shown: Shown, place: Path) -> None:
     found = shown("stack", *DIGITS, "base_models=[run:tuned,GaussianNB]")
     assert names_of(found) == {"tuned", "GaussianNB"}
@@ -143,7 +152,7 @@ def test_a_run_becomes_a_base_model_by_its_name_or_another(shown: Shown, place: 
         (["from_sweep=wide", "base_models=[{probe:{params:3}}]"], "base model probe: params=3: write params:{"),
         (
             ["from_sweep=wide", "base_models=[{finetune:{image_size:8}}]"],
-            "base model finetune: image_size: all base models learn from the same data; give data.image_size=... to the",
+            "base model finetune: image_size: all base models learn from the same data; give data.image_size=...",
         ),
         (
             ["from_sweep=wide", "cluster=local", "cluster.num_workers=2"],
