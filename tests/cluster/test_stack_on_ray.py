@@ -310,7 +310,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
     interrupted.send_signal(signal.SIGINT)
     _, complaint = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 130, complaint.decode()
-    assert not is_busy(this), "what it started outlives it"
+    wait_until(lambda: not is_busy(this), timeout_s=20)  # Ray ends the processes of a driver that has left
     way_back = f"graftstack: interrupted; continue with: graftstack stack name=stack resume=true runs_dir={tmp_path}"
     assert complaint.decode().splitlines()[-1] == way_back
     assert find_run("stack", str(tmp_path)).manifest.status == "interrupted"

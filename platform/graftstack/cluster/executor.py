@@ -23,8 +23,8 @@ _START_S = 6.0
 # How long what the cluster has is taken for granted.
 _LOOK_AGAIN_S = 1.0
 
-# How long processes may take to end.
-_END_S = 10.0
+# How long a call that is interrupted may take to end by itself, and its process when it is killed.
+_INTERRUPT_S, _END_S = 2.0, 10.0
 
 _OUT_OF_MEMORY = "its machine ran out of memory, and Ray ended its process"
 
@@ -51,6 +51,8 @@ class RayExecutor:
         self._is_quiet = not verbose
         self._ended: list[CallEnd] = []
         self._running: dict[Any, Call] = {}
+        self._cancelled: list[Any] = []
+        """What nobody waits for and may go on; Ray wants its references kept until it has ended."""
         self._nodes = _Nodes()
 
     @property
@@ -99,18 +101,21 @@ class RayExecutor:
             timeout_s = 0.0
         elif not self._running:
             time.sleep(timeout_s)
+        if self._cancelled:
+            self._cancelled = _unfinished(self._cancelled, timeout_s=0.0)
         ended, self._ended = self._ended, []
         return ended + [self._end_of(reference) for reference in done(list(self._running), timeout_s)]
 
     def cancel(self, key: str) -> None:
-        """Ends the process of a call that is under way, soon: the next one waits in Ray until it is gone."""
+        """Ends a call that is under way, as soon as it lets itself be ended: the next one waits in Ray until then."""
         import ray
 
         self._ended = [end for end in self._ended if end.key != key]
         for reference in [reference for reference, call in self._running.items() if call.key == key]:
             del self._running[reference]
+            self._cancelled.append(reference)
             if ray.is_initialized():
-                ray.cancel(reference, force=True)
+                ray.cancel(reference, force=False)
 
     def expect(self, seconds: float) -> None:
         """Does nothing: Ray starts processes by itself."""
@@ -119,11 +124,12 @@ class RayExecutor:
         """Ends the processes of the calls under way, and waits until they are gone."""
         import ray
 
-        running, self._running, self._ended = list(self._running), {}, []
+        running, self._running, self._ended = [*self._running, *self._cancelled], {}, []
+        self._cancelled = []
         if ray.is_initialized() and running:
-            for reference in running:
-                ray.cancel(reference, force=True)
-            ray.wait(running, num_returns=len(running), timeout=_END_S)
+            # The process of a task that ends by itself at that moment is better not killed: Ray ends the driver then.
+            left = _cancelled(running, force=False, timeout_s=_INTERRUPT_S)
+            _cancelled(left, force=True, timeout_s=_END_S)
         close_too, self._close_too = self._close_too, lambda: None
         close_too()
 
@@ -212,6 +218,24 @@ def _task() -> Any:
     import ray
 
     return ray.remote(max_retries=0, retry_exceptions=False)(_perform)
+
+
+def _cancelled(references: list[Any], *, force: bool, timeout_s: float) -> list[Any]:
+    """Cancels tasks, with their processes or without, and returns those that haven't ended after `timeout_s`."""
+    import ray
+
+    for reference in references:
+        ray.cancel(reference, force=force)
+    return _unfinished(references, timeout_s=timeout_s)
+
+
+def _unfinished(references: list[Any], *, timeout_s: float) -> list[Any]:
+    import ray
+
+    if not references:
+        return []
+    left: list[Any] = ray.wait(references, num_returns=len(references), timeout=timeout_s)[1]
+    return left
 
 
 def _perform(payload: bytes, num_threads: int, is_quiet: bool, *held: Sequence[Any]) -> bytes:  # noqa: FBT001
