@@ -80,7 +80,7 @@ def taken(view: Any, rows: Rows) -> Any:
     """Returns some rows of a view."""
     from sklearn.utils import _safe_indexing
 
-    if isinstance(view, RowSource) and not hasattr(view, "iloc"):
+    if isinstance(view, RowSource):
         return view.take(rows)
     return _safe_indexing(view, rows)
 
