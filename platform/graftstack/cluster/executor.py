@@ -23,6 +23,10 @@ _START_S = 6.0
 # How long what the cluster has is taken for granted.
 _LOOK_AGAIN_S = 1.0
 
+# How long after its submission a task may be cancelled: one that is on its way to its worker just then would come back
+# to a driver that knows it no more, and Ray ends such a driver.
+_SETTLED_S = 1.0
+
 # How long a call that is interrupted may take to end by itself, and its process when it is killed.
 _INTERRUPT_S, _END_S = 2.0, 10.0
 
@@ -38,21 +42,24 @@ class RayExecutor:
     Args:
         num_slots: No more than these; all CPUs of the cluster by default, as many as it has at the time.
         verbose: Whether Ray's own loggers speak in the processes.
-        close_too: Called when the executor is closed, after everything of it has ended.
+        end_session: Ends the connection to Ray when the executor is closed; with it Ray ends what runs. None: it is
+            somebody else's and stays.
     """
 
     def __init__(
-        self, num_slots: int | None = None, *, verbose: bool = False, close_too: Callable[[], None] = lambda: None
+        self, num_slots: int | None = None, *, verbose: bool = False, end_session: Callable[[], None] | None = None
     ) -> None:
 
         self._granted = num_slots or sys.maxsize
-        self._close_too = close_too
+        self._end_session = end_session
         self._task = _task()
         self._is_quiet = not verbose
         self._ended: list[CallEnd] = []
         self._running: dict[Any, Call] = {}
-        self._cancelled: list[Any] = []
-        """What nobody waits for and may go on; Ray wants its references kept until it has ended."""
+        self._began: dict[Any, float] = {}
+        """When the tasks were submitted that are under way, whether or not somebody waits for them."""
+        self._interrupted: list[Any] = []
+        """Tasks that were told to end; Ray wants their references kept until they have."""
         self._nodes = _Nodes()
 
     @property
@@ -94,6 +101,7 @@ class RayExecutor:
         task = self._task.options(num_cpus=num_cpus)
         reference = task.remote(packed.payload, call.num_threads, self._is_quiet, *packed.handles)
         self._running[reference] = call
+        self._began[reference] = time.monotonic()
 
     def wait(self, timeout_s: float) -> list[CallEnd]:
         """Returns what has ended since, after at most `timeout_s`."""
@@ -101,43 +109,55 @@ class RayExecutor:
             timeout_s = 0.0
         elif not self._running:
             time.sleep(timeout_s)
-        if self._cancelled:
-            self._cancelled = _unfinished(self._cancelled, timeout_s=0.0)
         ended, self._ended = self._ended, []
-        return ended + [self._end_of(reference) for reference in done(list(self._running), timeout_s)]
+        ended += [self._end_of(reference) for reference in done(list(self._running), timeout_s)]
+        self._interrupt([reference for reference in self._began if reference not in self._running])
+        self._interrupted = _unfinished(self._interrupted, timeout_s=0.0)
+        return ended
 
     def cancel(self, key: str) -> None:
         """Ends a call that is under way, as soon as it lets itself be ended: the next one waits in Ray until then."""
-        import ray
-
         self._ended = [end for end in self._ended if end.key != key]
         for reference in [reference for reference, call in self._running.items() if call.key == key]:
             del self._running[reference]
-            self._cancelled.append(reference)
-            if ray.is_initialized():
-                ray.cancel(reference, force=False)
 
     def expect(self, seconds: float) -> None:
         """Does nothing: Ray starts processes by itself."""
 
     def close(self) -> None:
-        """Ends the processes of the calls under way, and waits until they are gone."""
+        """Ends the calls under way, with their processes where they don't end by themselves, and waits for that."""
         import ray
 
-        running, self._running, self._ended = [*self._running, *self._cancelled], {}, []
-        self._cancelled = []
-        if ray.is_initialized() and running:
-            # The process of a task that ends by itself at that moment is better not killed: Ray ends the driver then.
-            left = _cancelled(running, force=False, timeout_s=_INTERRUPT_S)
-            _cancelled(left, force=True, timeout_s=_END_S)
-        close_too, self._close_too = self._close_too, lambda: None
-        close_too()
+        self._running, self._ended = {}, []
+        if self._end_session is None and ray.is_initialized():
+            time.sleep(max(0.0, max(self._began.values(), default=0.0) + _SETTLED_S - time.monotonic()))
+            self._interrupt(list(self._began))
+            left = _unfinished(self._interrupted, timeout_s=_INTERRUPT_S)
+            for reference in left:
+                ray.cancel(reference, force=True)
+            _unfinished(left, timeout_s=_END_S)
+        self._began, self._interrupted = {}, []
+        end_session, self._end_session = self._end_session, None
+        if end_session is not None:
+            end_session()
+
+    def _interrupt(self, references: Sequence[Any]) -> None:
+        """Tells those tasks that nobody waits for to end which have settled."""
+        import ray
+
+        now = time.monotonic()
+        for reference in references:
+            if now - self._began[reference] >= _SETTLED_S:
+                del self._began[reference]
+                self._interrupted.append(reference)
+                ray.cancel(reference, force=False)
 
     def _end_of(self, reference: Any) -> CallEnd:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         call = self._running.pop(reference)
+        del self._began[reference]
         try:
             return unpack(call.key, ray.get(reference))
         except RayTaskError as error:  # what is ours has not been reached in the worker, e.g. can't be imported
@@ -205,7 +225,7 @@ def connect(num_slots: int | None = None, *, cluster: ClusterConfig | None = Non
 def _connected(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> RayExecutor:
     with ExitStack() as stack:
         stack.enter_context(ray_session(cluster, verbose=verbose))
-        return RayExecutor(num_slots, verbose=verbose, close_too=stack.pop_all().close)
+        return RayExecutor(num_slots, verbose=verbose, end_session=stack.pop_all().close)
 
 
 def _warm(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> Executor:
@@ -218,15 +238,6 @@ def _task() -> Any:
     import ray
 
     return ray.remote(max_retries=0, retry_exceptions=False)(_perform)
-
-
-def _cancelled(references: list[Any], *, force: bool, timeout_s: float) -> list[Any]:
-    """Cancels tasks, with their processes or without, and returns those that haven't ended after `timeout_s`."""
-    import ray
-
-    for reference in references:
-        ray.cancel(reference, force=force)
-    return _unfinished(references, timeout_s=timeout_s)
 
 
 def _unfinished(references: list[Any], *, timeout_s: float) -> list[Any]:
