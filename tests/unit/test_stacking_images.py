@@ -50,14 +50,6 @@ Make = Callable[..., FinetunedBackbone | TapProbe]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "conv4.safetensors"
-    save_file(build("conv4").model.state_dict(), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def config(weights: str) -> FinetuneConfig:
     return compose_job("finetune", [*SMALL, f"backbone.weights={weights}"])
 

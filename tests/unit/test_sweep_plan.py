@@ -62,14 +62,6 @@ def store(tmp_path: Path) -> TapStore:
     return TapStore(str(tmp_path / "taps"), budget_bytes=2**30)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "conv4.safetensors"
-    save_file(build("conv4").model.state_dict(), path)
-    return str(path)
-
-
 class Planned:
     """A plan, and the planner that made it."""
 

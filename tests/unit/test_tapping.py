@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from graftstack.backbones.registry import build
 from graftstack.config.compose import compose_job
 from graftstack.finetune.counting import counting_forwards
 from graftstack.finetune.inputs import Inputs
@@ -46,15 +45,6 @@ def store(tmp_path: Path) -> TapStore:
 @pytest.fixture(scope="module")
 def workbench() -> Workbench:
     return Workbench()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights that don't depend on the seed of a training."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "conv4.safetensors"
-    save_file(build("conv4").model.state_dict(), path)
-    return str(path)
 
 
 def task_of(workbench: Workbench, *overrides: str) -> Task:

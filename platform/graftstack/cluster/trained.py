@@ -42,15 +42,15 @@ def trained_runs(config: StackConfig) -> "list[TrainedBase]":
 def best_trials(reference: str, runs_dir: str, *, top: int) -> "list[TrainedBase]":
     """Returns the `top` trials of a sweep with the highest accuracy, of equal ones those with the lowest loss."""
     from graftstack.sweep.ledger import Ledger
+    from graftstack.sweep.trials import best_first
 
     run = _sweep(reference, runs_dir)
     sweep = _config_of(run)
     assert isinstance(sweep, SweepConfig)
     trials = run.folder / "trials"
-    ended = [row for row in Ledger(trials).read().values() if row.status in ("done", "stopped") and row.metrics]
-    if not ended:
+    best = best_first(Ledger(trials).read().values())[:top]
+    if not best:
         raise RunError(f"from_sweep={reference}: none of its trials ended with a model; run the sweep first")
-    best = sorted(ended, key=lambda row: (-row.metrics["accuracy"], row.metrics["loss"], row.index))[:top]
     return [_of_trial(row, trial_config(sweep, row.params), (trials / f"{row.index:05d}").location) for row in best]
 
 

@@ -70,23 +70,33 @@ def load_images(
         DataError: the data can't be read, decoded or learnt from.
     """
     source = read_table(config, class_names=class_names, require_labels=require_labels)
+    data = images_of(source, config, image_size=image_size, progress=progress)
+    if not require_labels:
+        return data
+    return replace(data, splits=split_rows(data, config, seed=seed, for_training=class_names is None))
+
+
+def images_of(
+    source: SourceTable, config: DataConfig, *, image_size: int, progress: Progress | None = None
+) -> ImageData:
+    """Returns the images of a table that was read, as `load_images` does; all rows test.
+
+    Raises:
+        DataError: none of them can be decoded, or one can't and `config` doesn't skip it.
+    """
     decoded = _decode(config, source, image_size, progress)
     kept = source.without(sorted(decoded.bad))
     if not len(kept):
         raise DataError(
             f"data={config.source.value}: none of the {len(source)} images can be decoded; check data.image"
         )
-    if not require_labels:
-        none = np.empty(0, dtype=np.int64)
-        splits = Splits(none, none, np.arange(len(kept)))
-    else:
-        splits = split_rows(kept, config, seed=seed, for_training=class_names is None)
+    none = np.empty(0, dtype=np.int64)
     return ImageData(
         images=decoded.images,
         labels=kept.labels,
         row_ids=kept.row_ids,
         class_names=kept.class_names,
-        splits=splits,
+        splits=Splits(none, none, np.arange(len(kept))),
         fingerprint=kept.fingerprint,
         num_skipped=len(decoded.bad),
         split=kept.split,

@@ -72,7 +72,7 @@ def save_stack(folder: Folder, task: StackTask, model: StackModel) -> None:
         passthrough_view=model.passthrough.view if model.passthrough else None,
         schema=None if task.data.schema is None else task.data.schema.as_plain(),
         image_size=views["images"].image_size if "images" in views else None,
-        num_channels=views["pixels"].num_channels if "pixels" in views else None,
+        num_channels=views["pixels"].num_channels if "pixels" in model.views else None,
     )
     folder.write(CARD, json.dumps(asdict(card), indent=2).encode())
 

@@ -10,10 +10,10 @@ from graftstack.config.base_models import FINETUNE, OF_A_PROBE, PROBE, RUN_PREFI
 from graftstack.config.schema import FinetuneConfig
 from graftstack.config.stack import StackConfig, StackMode
 from graftstack.errors import ConfigError
-from graftstack.machine import usable_cpus
 from graftstack.stacking.catalog import estimator_named
 from graftstack.stacking.data import StackData
 from graftstack.stacking.encoding import with_encoding
+from graftstack.stacking.inner_jobs import num_threads_of
 from graftstack.stacking.work import BaseModel
 
 ABOVE = "predictions"
@@ -91,13 +91,7 @@ def _first_level(entry: BaseEntry, config: StackConfig, data: StackData) -> Base
         if "freeze_depth" not in entry.params:
             tuned = replace(tuned, freeze_depth="all")
         estimator = TapProbe.of(_on(config, data, tuned), _classifier_of(entry, config), config.taps)
-    return BaseModel(
-        name=entry.name,
-        estimator=estimator,
-        method=_method_of(estimator),
-        view="images",
-        num_threads=config.cluster.cpus_per_worker or 1,
-    )
+    return _on_images(entry.name, estimator, config)
 
 
 def _classifier_of(entry: BaseEntry, config: StackConfig) -> Any:
@@ -105,10 +99,26 @@ def _classifier_of(entry: BaseEntry, config: StackConfig) -> Any:
     name, params = str(entry.params.get("estimator", "LogisticRegression")), entry.params.get("params") or {}
     if not isinstance(params, Mapping):
         raise ConfigError(f"base model {entry.name}: params={params}: write params:{{PARAMETER: value}}")
+    return _named(entry._replace(kind=name, params=dict(params)), config, is_classification=True)
+
+
+def _named(entry: BaseEntry, config: StackConfig, *, is_classification: bool) -> Any:
+    """Returns the estimator of an entry. Raises `ConfigError` with the name of the base model."""
     try:
-        return estimator_named(name, dict(params), is_classification=True, seed=config.seed)
+        return estimator_named(entry.kind, dict(entry.params), is_classification=is_classification, seed=config.seed)
     except ConfigError as error:
-        raise ConfigError(f"base model {entry.name}: {error}") from error
+        raise ConfigError(f"base model {entry.name.partition('@')[0]}: {error}") from error
+
+
+def _on_images(name: str, estimator: Any, config: StackConfig, *, refitted: Any = None) -> BaseModel:
+    return BaseModel(
+        name=name,
+        estimator=estimator,
+        method=_method_of(estimator),
+        view="images",
+        num_threads=config.cluster.cpus_per_worker or 1,
+        refitted=refitted,
+    )
 
 
 def _trained(base: TrainedBase, config: StackConfig, data: StackData) -> BaseModel:
@@ -122,14 +132,7 @@ def _trained(base: TrainedBase, config: StackConfig, data: StackData) -> BaseMod
     refitted = None
     if config.mode is StackMode.refit and base.folder is not None and _learnt_the_same(base.config, here, data):
         refitted = estimator.from_trained(base.folder)
-    return BaseModel(
-        name=base.name,
-        estimator=estimator,
-        method="predict_proba",
-        view="images",
-        num_threads=config.cluster.cpus_per_worker or 1,
-        refitted=refitted,
-    )
+    return _on_images(base.name, estimator, config, refitted=refitted)
 
 
 def _learnt_the_same(trained: FinetuneConfig, here: FinetuneConfig, data: StackData) -> bool:
@@ -149,26 +152,13 @@ def _learnt_the_same(trained: FinetuneConfig, here: FinetuneConfig, data: StackD
 
 
 def _estimator(entry: BaseEntry, config: StackConfig, data: StackData, *, view: str) -> BaseModel:
-    is_classification = data.is_classification
-    name = entry.name.partition("@")[0]
-    try:
-        estimator = estimator_named(
-            entry.kind, dict(entry.params), is_classification=is_classification, seed=config.seed
-        )
-    except ConfigError as error:
-        raise ConfigError(f"base model {name}: {error}") from error
-    num_threads = getattr(estimator, "n_jobs", None) or 1
-    method = _method_of(estimator) if is_classification else "predict"
+    estimator = _named(entry, config, is_classification=data.is_classification)
+    num_threads = num_threads_of(estimator)
+    method = _method_of(estimator) if data.is_classification else "predict"
     if view == "table":
         assert data.schema is not None
         estimator = with_encoding(estimator, data.schema)
-    return BaseModel(
-        name=entry.name,
-        estimator=estimator,
-        method=method,
-        view=view,
-        num_threads=num_threads if num_threads > 0 else usable_cpus(),
-    )
+    return BaseModel(name=entry.name, estimator=estimator, method=method, view=view, num_threads=num_threads)
 
 
 def _method_of(classifier: Any) -> str:

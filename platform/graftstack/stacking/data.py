@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from graftstack.config.schema import DataConfig
 from graftstack.data.images import encoded_images
-from graftstack.data.load import ImageData, load_images
+from graftstack.data.load import ImageData, images_of
 from graftstack.data.sources.tabular import OWN_COLUMNS, MissingColumnError
 from graftstack.data.splits import (
     Splits,
@@ -110,7 +110,7 @@ def load_stack_data(
     by_class = _by_class(config, task, source, class_names)
     images = None
     if config.has_images:
-        images = _images(config, source, seed=seed, image_size=image_size, progress=progress)
+        images = images_of(source, config, image_size=image_size or _own_size(config, source), progress=progress)
         source = source.without(np.flatnonzero(~np.isin(source.row_ids, images.row_ids)).tolist())
         if class_names is None:
             _check_all_there(source)
@@ -170,22 +170,6 @@ def _by_class(config: DataConfig, task: str, source: SourceTable, class_names: t
     if task == "regression":
         raise ConfigError("task=regression: models of images tell classes apart; use task=classification")
     return True
-
-
-def _images(
-    config: DataConfig, source: SourceTable, *, seed: int, image_size: int | None, progress: Progress | None
-) -> ImageData:
-    """Returns the images, in as many rows as can be decoded; how they are split doesn't matter here."""
-    if image_size is None:
-        image_size = _own_size(config, source)
-    return load_images(
-        config,
-        image_size=image_size,
-        seed=seed,
-        class_names=source.class_names,
-        require_labels=False,
-        progress=progress,
-    )
 
 
 def _own_size(config: DataConfig, source: SourceTable) -> int:

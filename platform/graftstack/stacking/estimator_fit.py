@@ -33,6 +33,7 @@ from graftstack.runtime import EXECUTORS, Executor, InlineExecutor
 from graftstack.stacking.assemble import beside, meta_blocks, out_of_fold
 from graftstack.stacking.crossfit import CrossFit, Progress, cross_fit
 from graftstack.stacking.folds import Folds, from_splitter
+from graftstack.stacking.inner_jobs import num_threads_of
 from graftstack.stacking.ledger import Ledger
 from graftstack.stacking.work import BaseModel
 from graftstack.storage import Folder
@@ -162,7 +163,7 @@ class GraphStacking(_BaseStacking):  # type: ignore[misc]
             method=self._method_name(name, estimator, self.stack_method),
             view=_VIEW,
             fit_params=fit_params,
-            num_threads=_num_threads(estimator),
+            num_threads=num_threads_of(estimator),
         )
 
     def _keep(self, levels: Sequence[Sequence[Named]], fitted: CrossFit) -> None:
@@ -270,16 +271,6 @@ def _kept(level: Sequence[Named]) -> list[Named]:
 def _takes(function: Callable[..., Any], name: str) -> bool:
     parameters = signature(function).parameters
     return name in parameters or any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def _num_threads(estimator: Any) -> int:
-    """Returns how many threads an estimator asks for, itself or in its parts, by `n_jobs`."""
-    asked = [
-        value
-        for key, value in estimator.get_params(deep=True).items()
-        if key.rpartition("__")[2] == "n_jobs" and value is not None
-    ]
-    return max((effective_n_jobs(num) for num in asked), default=1)
 
 
 def _ledger_at(path: str | PathLike[str]) -> Ledger:

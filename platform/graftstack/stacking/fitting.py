@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,8 +69,9 @@ class StackTask:
             wanted.add(passthrough_view(self.data.schema))
         return {name: taken(view, rows) for name, view in self.data.views.items() if name in wanted}
 
+    @cached_property
     def passthrough(self) -> Passthrough | None:
-        """Returns what gives the base models' own inputs to what stands above them, where that is asked for."""
+        """What gives the base models' own inputs to what stands above them, where that is asked for."""
         if not self.config.passthrough:
             return None
         name = passthrough_view(self.data.schema)
@@ -113,7 +115,7 @@ def cross_fitted(
     """Cross-fits all base models of a stack, on its labels or on others, in `time_left_s`. Raises as `cross_fit`."""
     config = task.config
     views = task.views(task.data.splits.train)
-    passthrough = task.passthrough()
+    passthrough = task.passthrough
     if passthrough:
         views[PASSTHROUGH_VIEW] = passthrough.transform(views)
     # What people are told of is the limit that they have set, not what is left of it.
@@ -148,7 +150,7 @@ def fitted_stack(task: StackTask, crossed: CrossFit, y: Values | None = None) ->
     last, folds = crossed.levels[-1], crossed.folds[-1]
     blocks = meta_blocks(base_oof[-1], [fitted.base.method for fitted in last], task.num_classes)
     features, covered = np.hstack(blocks), folds.covered
-    passthrough = task.passthrough()
+    passthrough = task.passthrough
     if passthrough:
         rows = task.data.splits.train[covered]
         features = beside(
@@ -238,12 +240,10 @@ def _cross_predicted(meta: Any, features: Any, y: Values, covered: Rows, folds: 
     """Returns what meta-models that learnt from the training rows of a fold predict of each row that `folds` cover."""
     from sklearn.base import clone
 
-    position = np.full(folds.num_rows, -1)
-    position[covered] = np.arange(len(covered))
     found = np.zeros((len(y), num_classes) if num_classes else len(y))
     for index in folds.of_repeats[0]:
         fold = folds.folds[index]
-        train, test = position[fold.train], position[fold.test]
+        train, test = np.searchsorted(covered, fold.train), np.searchsorted(covered, fold.test)
         fitted = clone(meta).fit(features[train], y[train])
         found[test] = of_meta_model(fitted, features[test], num_classes=num_classes)
-    return np.asarray(found[position[folds.covered]])
+    return np.asarray(found[np.searchsorted(covered, folds.covered)])

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from joblib import effective_n_jobs
+
 from graftstack.runtime import THREADS
 
 
@@ -23,6 +25,13 @@ def limited_jobs(estimator: Any) -> Iterator[None]:
     finally:
         for part, n_jobs in before:
             part.set_params(n_jobs=n_jobs)
+
+
+def num_threads_of(estimator: Any) -> int:
+    """Returns how many threads an estimator asks for, itself or in its parts, by `n_jobs`."""
+    params = estimator.get_params(deep=True)
+    asked = [value for key, value in params.items() if key.rpartition("__")[2] == "n_jobs" and value is not None]
+    return max((effective_n_jobs(num) for num in asked), default=1)
 
 
 def _parts(estimator: Any) -> list[Any]:

@@ -116,10 +116,13 @@ def _standing_of(task: StackTask, fitted: CrossFitted, folds: Folds, said: _Said
 def _standing_of_stack(task: StackTask, stack: FittedStack, outside: Any) -> Standing:
     method = "predict_proba" if task.num_classes else "predict"
     y, folds = task.y, stack.folds
-    position = np.full(folds.num_rows, -1)
-    position[folds.covered] = np.arange(len(folds.covered))
     of_folds = [
-        scored(stack.oof[position[fold.test]], y[fold.test], method=method, num_classes=task.num_classes)
+        scored(
+            stack.oof[np.searchsorted(folds.covered, fold.test)],
+            y[fold.test],
+            method=method,
+            num_classes=task.num_classes,
+        )
         for fold in (folds.folds[index] for index in folds.of_repeats[0])
     ]
     return _standing(

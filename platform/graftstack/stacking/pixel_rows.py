@@ -21,14 +21,22 @@ class PixelRows(RowSource):
     """
 
     def __init__(self, images: "ImageRows", num_channels: int | None = None) -> None:
-        """Looks at the images unless told how many channels there are.
+        """Reads nothing.
 
         Args:
             images: the images.
-            num_channels: 1 or 3; a model wants what it has learnt from. Colours become grey by their mean.
+            num_channels: 1 or 3; a model wants what it has learnt from. Colours become grey by their mean. None: as
+                the images have, which are looked at once somebody wants to know.
         """
         self.images = images
-        self.num_channels = num_channels or (1 if _all_grey(images) else 3)
+        self._num_channels = num_channels
+
+    @property
+    def num_channels(self) -> int:
+        """1 or 3."""
+        if self._num_channels is None:
+            self._num_channels = 1 if _all_grey(self.images) else 3
+        return self._num_channels
 
     def __len__(self) -> int:
         return len(self.images)

@@ -15,7 +15,7 @@ from graftstack.finetune.predictions import parquet_bytes, prediction_table
 from graftstack.finetune.task import Task
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
-from graftstack.sweep.trials import Trial, TrialResult
+from graftstack.sweep.trials import Trial, TrialResult, best_first
 
 
 def best_of(results: Iterable[TrialResult]) -> TrialResult:
@@ -25,7 +25,7 @@ def best_of(results: Iterable[TrialResult]) -> TrialResult:
         TrainingError: no trial has ended with a model.
     """
     rows = list(results)
-    ended = [result for result in rows if result.status in ("done", "stopped") and result.metrics]
+    ended = best_first(rows)
     if not ended:
         reasons = [result.error for result in rows if result.status == "failed"]
         raise TrainingError(
@@ -33,7 +33,7 @@ def best_of(results: Iterable[TrialResult]) -> TrialResult:
             if reasons
             else "no trial was begun within time_limit_s; raise it"
         )
-    return max(ended, key=lambda result: (result.metrics["accuracy"], -result.metrics["loss"], -result.index))
+    return ended[0]
 
 
 def save_outcome(task: Task, best: Trial, results: Sequence[TrialResult], folder: Folder) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a sweep is made of: trials, the units in which they train, and what is told of them while they do."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -55,6 +55,12 @@ class TrialResult:
     details: dict[str, Any] = field(default_factory=dict)
     """`Trial.facts`, and what else is worth knowing."""
     error: str | None = None
+
+
+def best_first(results: Iterable[TrialResult]) -> list[TrialResult]:
+    """Returns the trials that ended with a model: by accuracy, of equal ones by loss, and then in their order."""
+    ended = [result for result in results if result.status in ("done", "stopped") and result.metrics]
+    return sorted(ended, key=lambda result: (-result.metrics["accuracy"], result.metrics["loss"], result.index))
 
 
 class Unit(NamedTuple):
