@@ -36,6 +36,7 @@ jobs (each explains its keys with --help):
   pretrain [key=value ...]   train a backbone from its initial weights
   sweep [key=value ...]      fine-tune over freeze depth, learning rate or any key; what is frozen runs once
   stack [key=value ...]      cross-validate base models, and learn to weigh what they predict
+  meta [key=value ...]       learn from many small tasks how to tell new classes apart from a few images
   pipeline [key=value ...]   a sweep, and a stack of its best trials
 
 around them:
@@ -146,6 +147,10 @@ def _runs(options: argparse.Namespace) -> int:
                 from graftstack.report.stack_tables import leaderboard_table
 
                 console.print("", leaderboard_table(bases, manifests[0].results["stack"]))
+            if rows := manifests[0].results.get("table"):
+                from graftstack.report.meta_tables import few_shot_table
+
+                console.print("", few_shot_table(rows))
         case _:
             console.print(tables.comparison_table(manifests))
     return EXIT_DONE

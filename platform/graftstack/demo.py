@@ -13,6 +13,7 @@ from graftstack.cluster.stack import launch_stack
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
+from graftstack.config.schema import FinetuneConfig
 from graftstack.config.stack import StackConfig
 from graftstack.config.sweep import SweepConfig
 from graftstack.errors import RunError
@@ -103,6 +104,7 @@ def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) ->
     if isinstance(config, StackConfig):
         with stack_display(quiet) as display:
             return launch_stack(config, overrides=everything, display=display)
+    assert isinstance(config, FinetuneConfig)
     with job_display(quiet) as display:
         return launch(job, config, overrides=everything, display=display)
 

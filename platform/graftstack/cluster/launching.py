@@ -15,8 +15,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from graftstack.backbones.catalog import require_known
 from graftstack.config.base_models import RUN_PREFIX, with_places
 from graftstack.config.compose import quoted
+from graftstack.config.meta import MetaConfig
 from graftstack.config.plain import flatten, to_plain, to_yaml
-from graftstack.config.schema import ClusterConfig, ClusterKind, FinetuneConfig
+from graftstack.config.schema import ClusterConfig, ClusterKind, JobConfig
 from graftstack.config.space import full_key
 from graftstack.config.stack import StackConfig, StackOptions
 from graftstack.config.sweep import SweepConfig
@@ -36,7 +37,7 @@ _BEAT_EVERY_S = 10.0
 _IN_KEY = re.compile(r"[\w/+.%*@?|\\()\[\]{}:=, \t-]+", flags=re.ASCII)
 _ESCAPED_IN_KEY = re.compile(r"[\\()\[\]{}:=, \t]")
 
-Config = TypeVar("Config", bound=FinetuneConfig)
+Config = TypeVar("Config", bound=JobConfig)
 
 
 class Checked(NamedTuple, Generic[Config]):
@@ -92,7 +93,7 @@ def saved_overrides(overrides: Sequence[str]) -> list[str]:
     given = dict(override.partition("=")[::2] for override in overrides)
     if given.get("resume", "").lower() not in _TRUE or "name" not in given:
         return []
-    folder = Folder(given.get("runs_dir", FinetuneConfig.runs_dir)) / given["name"]
+    folder = Folder(given.get("runs_dir", JobConfig.runs_dir)) / given["name"]
     return Run.open(folder).manifest.overrides if folder.exists(MANIFEST) else []
 
 
@@ -118,7 +119,7 @@ def open_run(checked: Checked[Config]) -> Iterator[Run]:
         yield run
     except KeyboardInterrupt:
         run.update(status="interrupted", error="interrupted")
-        where = [f"runs_dir={config.runs_dir}"] if config.runs_dir != _absolute(FinetuneConfig.runs_dir) else []
+        where = [f"runs_dir={config.runs_dir}"] if config.runs_dir != _absolute(JobConfig.runs_dir) else []
         command = shlex.join(["graftstack", manifest.job, f"name={config.name}", "resume=true", *where])
         raise KeyboardInterrupt(f"interrupted; continue with: {command}") from None
     except BadInputError as error:  # e.g. an image that is decoded for its batch
@@ -173,7 +174,7 @@ def _with_absolute_paths(config: Config) -> Config:
     backbone = replace(config.backbone, weights=_absolute_weights(config.backbone.weights, runs_dir))
     changes: dict[str, Any] = {"data": data, "backbone": backbone, "runs_dir": runs_dir}
     more: object = config
-    if isinstance(more, SweepConfig | StackOptions):
+    if isinstance(more, SweepConfig | StackOptions | MetaConfig):
         changes["taps"] = replace(more.taps, location=_absolute(more.taps.location))
     if isinstance(more, SweepConfig):
         changes["space"] = flatten(more.space) | _path_domains(more.space, runs_dir)
@@ -184,7 +185,7 @@ def _with_absolute_paths(config: Config) -> Config:
     return replace(config, **changes)
 
 
-def _path_overrides(config: FinetuneConfig, given: FinetuneConfig) -> list[str]:
+def _path_overrides(config: JobConfig, given: JobConfig) -> list[str]:
     """What makes a resumption from another working folder find the same files.
 
     Args:
@@ -197,7 +198,7 @@ def _path_overrides(config: FinetuneConfig, given: FinetuneConfig) -> list[str]:
         "backbone.weights": config.backbone.weights,
     }
     domains: dict[str, Any] = {}
-    if isinstance(config, SweepConfig | StackOptions):
+    if isinstance(config, SweepConfig | StackOptions | MetaConfig):
         paths["taps.location"] = config.taps.location
     if isinstance(config, SweepConfig):
         domains = _path_domains(config.space, config.runs_dir)

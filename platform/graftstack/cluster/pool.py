@@ -3,13 +3,11 @@
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
-from graftstack.cluster.references import done, is_out_of_memory
-from graftstack.cluster.session import quiet_ray
+from graftstack.cluster.process import RunnerProcess
+from graftstack.cluster.references import done, result_of, why_lost
 from graftstack.errors import StorageFullError, TrainingError
-from graftstack.reason import reason
 from graftstack.sweep.trials import EpochEnd, Event, Runner, Unit, UnitEnd, UnitLost
 
 # How often a call may lose its process before its caller is told.
@@ -21,29 +19,8 @@ _POLL_S = 1.0
 _MEMORY_REMEDY = "use a smaller max_concurrent_trials or batch_size"
 
 
-class _Process:
-    """Lives in the process of a slot, as a Ray actor."""
-
-    def __init__(self, make_runner: Callable[[], Runner], num_threads: int | None, *, verbose: bool) -> None:
-        if not verbose:
-            quiet_ray()
-        if num_threads is not None:
-            import torch
-
-            torch.set_num_threads(num_threads)
-        self._make_runner = make_runner
-
-    @cached_property
-    def _runner(self) -> Runner:
-        return self._make_runner()
-
-    def ready(self) -> None:
-        """Makes the runner. Raises what making it raises."""
-        _ = self._runner
-
-    def call(self, method: str, args: Sequence[Any]) -> Any:
-        """Calls a method of the runner."""
-        return getattr(self._runner, method)(*args)
+class _Process(RunnerProcess):
+    """The process of a slot; Ray's tools list it by this name."""
 
 
 class _Slot:
@@ -67,7 +44,7 @@ class _Slot:
         from ray.exceptions import RayError
 
         with suppress(RayError):  # the process is gone, but not for that
-            _result_of(self.is_ready)
+            result_of(self.is_ready)
 
     def renew(self) -> None:
         """Starts a fresh process: what raised may have left the old one, or its GPU, in any state."""
@@ -156,7 +133,7 @@ class RayPool:
         unit, slot.unit = slot.unit, None
         assert unit is not None
         try:
-            event: EpochEnd | UnitEnd = _result_of(reference)
+            event: EpochEnd | UnitEnd = result_of(reference)
         except StorageFullError:
             raise
         except Exception as error:  # a fault of one unit is not one of the sweep
@@ -245,7 +222,7 @@ class _Calls:
         for reference in done(list(self._running), _POLL_S):
             place, slot = self._running.pop(reference)
             try:
-                self.results[place] = _result_of(reference)
+                self.results[place] = result_of(reference)
             except RayError as error:
                 slot.renew()
                 self._lost(place, error)
@@ -265,23 +242,6 @@ class _Calls:
         self._waiting.appendleft(place)
 
 
-def _result_of(reference: Any) -> Any:
-    """Returns what a call returned; raises what it raised, or a `RayError` if its process is gone."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from error
-
-
 def _why(error: Exception) -> str:
     """Returns in one line what ended a unit or a call."""
-    from ray.exceptions import RayError
-
-    if not isinstance(error, RayError):
-        return reason(error)
-    if is_out_of_memory(error):
-        return f"its machine ran out of memory; {_MEMORY_REMEDY}"
-    return f"its process ended without a word; if that was for want of memory, {_MEMORY_REMEDY}"
+    return why_lost(error, memory_remedy=_MEMORY_REMEDY)

@@ -95,9 +95,11 @@ def _sweep(reference: str, runs_dir: str) -> Run:
 def _config_of(run: Run) -> FinetuneConfig:
     """Returns the configuration that a run was started with; its paths are whole."""
     try:
-        return from_plain(JOBS[run.manifest.job], run.manifest.config)
+        config = from_plain(JOBS[run.manifest.job], run.manifest.config)
     except (ConfigError, ValueError, TypeError) as error:
         raise RunError(f"{run.folder.location}: no readable configuration ({reason(error)}); run it anew") from error
+    assert isinstance(config, FinetuneConfig)
+    return config
 
 
 def _of_run(name: str, reference: str, runs_dir: str) -> "TrainedBase":

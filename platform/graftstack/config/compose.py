@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from graftstack.config.jobs import JOBS
 from graftstack.config.paths import conf_dir
 from graftstack.config.plain import flatten, key_types
-from graftstack.config.schema import FinetuneConfig
+from graftstack.config.schema import JobConfig
 from graftstack.errors import ConfigError, did_you_mean
 
 # `group=NAME` picks conf/group/NAME.yaml; where there is no such file, these groups take it as a value of that key.
@@ -34,7 +34,7 @@ _SPACE = "space"
 _SCALAR = re.compile(r"null|true|false|[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", flags=re.IGNORECASE)
 
 
-def compose_job(job: str, overrides: Sequence[str]) -> FinetuneConfig:
+def compose_job(job: str, overrides: Sequence[str]) -> JobConfig:
     """Returns the validated configuration of `job` with the user's ``key=value`` overrides.
 
     Raises:
@@ -116,7 +116,7 @@ def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
     return list(by_key.values())
 
 
-def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> None:
+def _check_keys(config_type: type[JobConfig], overrides: Sequence[str]) -> None:
     known = {*key_types(config_type), *_groups()}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -128,7 +128,7 @@ def _check_keys(config_type: type[FinetuneConfig], overrides: Sequence[str]) -> 
             raise ConfigError(f"{key}={value}: unknown choice; {did_you_mean(value, choices(key))}")
 
 
-def _hydra_override(config_type: type[FinetuneConfig], override: str) -> str:
+def _hydra_override(config_type: type[JobConfig], override: str) -> str:
     """Turns a short form into the key it stands for, and quotes text, which Hydra's grammar would otherwise read."""
     key, _, value = override.partition("=")
     if key in _SHORT_FOR and value not in choices(key):
@@ -148,7 +148,7 @@ def _parsed(override: str, key: str, value: str) -> Override:
         raise ConfigError(f"{override}: the value can't be read; close its brackets, or put it in quotes") from error
 
 
-def _is_in_space(config_type: type[FinetuneConfig], key: str) -> bool:
+def _is_in_space(config_type: type[JobConfig], key: str) -> bool:
     return _SPACE in key_types(config_type) and key.partition(".")[0] == _SPACE
 
 

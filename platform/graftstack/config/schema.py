@@ -21,6 +21,7 @@ class Source(Enum):
     parquet = "parquet"
     csv = "csv"
     torchvision = "torchvision"
+    omniglot = "omniglot"
 
 
 class OnBadImage(Enum):
@@ -94,7 +95,7 @@ class DataConfig:
     """Images or tables with labels, from one source, as one Arrow table."""
 
     source: Source = Source.digits
-    """Set by `data=NAME`: digits (bundled), image_folder, parquet, csv or torchvision."""
+    """Set by `data=NAME`: digits (bundled), image_folder, parquet, csv, torchvision or omniglot."""
     path: str | None = None
     """The folder or file, a local path or an fsspec URI (s3://, gs://, memory://)."""
     name: str | None = None
@@ -137,6 +138,7 @@ class DataConfig:
             Source.parquet: ("path",),
             Source.csv: ("path",),
             Source.torchvision: ("name", "path"),
+            Source.omniglot: ("path",),
         }
         for key in needs.get(self.source, ()):
             if getattr(self, key) is None:
@@ -184,26 +186,37 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimiser and its learning rates."""
+class PlainOptimizerConfig:
+    """An optimiser that treats all parameters alike."""
 
     name: OptimizerName = OptimizerName.adamw
     """adamw or sgd (Nesterov)."""
     lr: float = 1e-3
-    """Peak learning rate of the last layer group."""
+    """Peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled from the gradient for adamw; not applied to biases and norms."""
     momentum: float = 0.9
     """sgd only."""
+
+    def __post_init__(self) -> None:
+        above("optimizer.lr", self.lr, 0)
+        at_least("optimizer.weight_decay", self.weight_decay, 0)
+        fraction("optimizer.momentum", self.momentum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(PlainOptimizerConfig):
+    """The optimiser and its learning rates."""
+
+    lr: float = 1e-3
+    """Peak learning rate of the last layer group."""
     head_lr_multiplier: float | None = None
     """The head learns at lr * head_lr_multiplier; null: as suits the scale of the features."""
     layer_decay: float = 1.0
     """Layer group i of n learns at lr * layer_decay ** (n - 1 - i): discriminative learning rates."""
 
     def __post_init__(self) -> None:
-        above("optimizer.lr", self.lr, 0)
-        at_least("optimizer.weight_decay", self.weight_decay, 0)
-        fraction("optimizer.momentum", self.momentum)
+        super().__post_init__()
         above("optimizer.head_lr_multiplier", self.head_lr_multiplier, 0)
         above("optimizer.layer_decay", self.layer_decay, 0)
 
@@ -306,13 +319,45 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """A pretrained backbone gets a new head; the groups above the freeze depth are fine-tuned with it."""
+class JobConfig:
+    """What every job has."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Images and labels."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     """The network and its weights."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the job runs."""
+    name: str | None = None
+    """The run's name; default: the job and the time. Refused if it exists, unless resume=true."""
+    seed: int = 0
+    """All random streams derive from it."""
+    runs_dir: str = "runs"
+    """Where run folders lie: a path or an fsspec URI."""
+    resume: bool = False
+    """Continue the run of this name where it was left; its stored configuration is used."""
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        if self.name is not None and (
+            not 0 < len(self.name.encode(errors="surrogatepass")) <= 200
+            or self.name.startswith(".")
+            or set(self.name) & set("/\\:")
+            or self.name.isspace()
+            or not self.name.isprintable()
+        ):
+            raise ConfigError(
+                f"name={self.name!r}: a run name has 1 to 200 bytes of printable characters, none of them /, \\ or :, "
+                "and doesn't start with a dot; rename it"
+            )
+        if self.resume and self.name is None:
+            raise ConfigError("resume=true: which run? add name=RUN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(JobConfig):
+    """A pretrained backbone gets a new head; the groups above the freeze depth are fine-tuned with it."""
+
     freeze_depth: int | str = 0
     """How many leading layer groups keep their weights: 0..num_groups, or all (only the head trains)."""
     epochs: int = 10
@@ -345,18 +390,9 @@ class FinetuneConfig:
     """The run's model: the epoch with the best validation accuracy, or the last."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How often the state is saved."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Where the job runs."""
-    name: str | None = None
-    """The run's name; default: the job and the time. Refused if it exists, unless resume=true."""
-    seed: int = 0
-    """All random streams derive from it."""
-    runs_dir: str = "runs"
-    """Where run folders lie: a path or an fsspec URI."""
-    resume: bool = False
-    """Continue the run of this name where it was left; its stored configuration is used."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("epochs", self.epochs, 0)
         at_least("batch_size", self.batch_size, 1)
         at_least("accumulate", self.accumulate, 1)
@@ -369,7 +405,6 @@ class FinetuneConfig:
         fraction("label_smoothing", self.label_smoothing)
         above("clip_grad_norm", self.clip_grad_norm, 0)
         at_least("early_stop", self.early_stop, 1)
-        at_least("seed", self.seed, 0)
         if isinstance(self.freeze_depth, str) and self.freeze_depth != "all":
             raise ConfigError(f'freeze_depth={self.freeze_depth}: give a number of layer groups, or "all"')
         if isinstance(self.freeze_depth, int):
@@ -379,19 +414,6 @@ class FinetuneConfig:
                 f"batch_size={self.batch_size}: fewer than one image for each of {self.cluster.max_workers} workers; "
                 "raise it, or lower cluster.num_workers"
             )
-        if self.name is not None and (
-            not 0 < len(self.name.encode(errors="surrogatepass")) <= 200
-            or self.name.startswith(".")
-            or set(self.name) & set("/\\:")
-            or self.name.isspace()
-            or not self.name.isprintable()
-        ):
-            raise ConfigError(
-                f"name={self.name!r}: a run name has 1 to 200 bytes of printable characters, none of them /, \\ or :, "
-                "and doesn't start with a dot; rename it"
-            )
-        if self.resume and self.name is None:
-            raise ConfigError("resume=true: which run? add name=RUN")
 
 
 @dataclass(frozen=True, kw_only=True)

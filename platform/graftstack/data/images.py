@@ -1,7 +1,8 @@
-"""Decoded images by row: memory-mapped from a cache, or decoded for each batch. Both pickle to a few bytes."""
+"""Images by row: memory-mapped from a cache, or decoded for each batch, which pickle to a few bytes; or in memory."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,9 @@ from graftstack.machine import usable_cpus
 if TYPE_CHECKING:
     import torch
 
+_COPY_BYTES = 2**26
+"""Of pixels that are copied into memory at once."""
+
 
 class Images(Protocol):
     """N images of S x S pixels."""
@@ -30,6 +34,29 @@ class Images(Protocol):
 
     def batch(self, indices: npt.NDArray[np.int64]) -> "torch.Tensor":
         """Returns the images at `indices` ``[B]``, in that order: a fresh contiguous ``uint8 [B, 3, S, S]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images in an array, which may be read-only.
+
+    Pickling leaves the array out of band (protocol 5), so that processes which share memory need no copies of it.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    """``[N, S, S, 3]``."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width S, in pixels."""
+        return int(self.pixels.shape[1])
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> "torch.Tensor":
+        """Returns the images at `indices` ``[B]``: a fresh contiguous ``uint8 [B, 3, S, S]``."""
+        return _to_tensor(self.pixels[indices])
 
 
 class CachedImages:
@@ -53,6 +80,11 @@ class CachedImages:
     def image_size(self) -> int:
         """Height and width S, in pixels."""
         return int(self._array.shape[1])
+
+    @property
+    def whole(self) -> ArrayImages | None:
+        """The same images as an array over the map; None where the file holds bad rows too."""
+        return None if self._bad else ArrayImages(self._array)
 
     def batch(self, indices: npt.NDArray[np.int64]) -> "torch.Tensor":
         """Returns the images at `indices` ``[B]``: a fresh contiguous ``uint8 [B, 3, S, S]``."""
@@ -94,6 +126,25 @@ class DecodeOnDemand:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _decode_again, (self._config, self._image_size, self._bad)
+
+
+def in_memory(images: Images) -> ArrayImages:
+    """Returns `images` as one array: of those that a file holds whole, the file's memory map; of others, a copy.
+
+    Raises:
+        DataError: an image can't be decoded.
+    """
+    if isinstance(images, ArrayImages):
+        return images
+    if isinstance(images, CachedImages) and images.whole is not None:
+        return images.whole
+    size = images.image_size
+    pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    num_rows = max(1, _COPY_BYTES // (3 * size**2))
+    for start in range(0, len(images), num_rows):
+        rows = np.arange(start, min(start + num_rows, len(images)))
+        pixels[rows] = images.batch(rows).permute(0, 2, 3, 1).numpy()
+    return ArrayImages(pixels)
 
 
 def encoded_images(config: DataConfig, table: Any) -> EncodedImages:

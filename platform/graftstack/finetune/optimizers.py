@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftstack.config.schema import OptimizerConfig, OptimizerName
+from graftstack.config.schema import OptimizerConfig, OptimizerName, PlainOptimizerConfig
 from graftstack.finetune.model import GraftedModel
 
 
-def adamw(groups: list[dict[str, Any]], _config: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(groups: list[dict[str, Any]], _config: PlainOptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019)."""
     return torch.optim.AdamW(groups, fused=True)
 
 
-def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def sgd(groups: list[dict[str, Any]], config: PlainOptimizerConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum."""
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
 
 
-OPTIMIZERS: dict[OptimizerName, Callable[[list[dict[str, Any]], OptimizerConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[OptimizerName, Callable[[list[dict[str, Any]], PlainOptimizerConfig], torch.optim.Optimizer]] = {
     OptimizerName.adamw: adamw,
     OptimizerName.sgd: sgd,
 }
@@ -36,16 +36,14 @@ def build_optimizer(model: GraftedModel, config: OptimizerConfig, *, freeze_dept
     param_groups: list[dict[str, Any]] = []
     for index in range(freeze_depth, model.head_boundary):
         peak_lr = config.lr * config.layer_decay ** (backbone.num_groups - 1 - index)
-        param_groups += _with_and_without_decay(
-            (parameter for _, parameter in backbone.group_parameters(index)), peak_lr, config
-        )
+        param_groups += decay_groups((parameter for _, parameter in backbone.group_parameters(index)), peak_lr, config)
     param_groups += head_groups(model.head.parameters(), config)
     return OPTIMIZERS[config.name](param_groups, config)
 
 
 def head_groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Returns the parameter groups of a head."""
-    return [{**group, "is_head": True} for group in _with_and_without_decay(parameters, config.lr, config)]
+    return [{**group, "is_head": True} for group in decay_groups(parameters, config.lr, config)]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: float) -> None:
@@ -54,10 +52,13 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float, *, head_multiplier: 
         group["lr"] = group["peak_lr"] * factor * (head_multiplier if group["is_head"] else 1.0)
 
 
-def _with_and_without_decay(
-    parameters: Iterable[nn.Parameter], peak_lr: float, config: OptimizerConfig
+def decay_groups(
+    parameters: Iterable[nn.Parameter], peak_lr: float, config: PlainOptimizerConfig
 ) -> list[dict[str, Any]]:
-    """Biases and the scales of norms, all vectors, are not decayed: pulling a scale to 0 switches channels off."""
+    """Returns the parameter groups of what learns at one rate.
+
+    Biases and the scales of norms, all vectors, are not decayed: pulling a scale to 0 switches channels off.
+    """
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     for parameter in parameters:

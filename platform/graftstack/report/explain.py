@@ -33,6 +33,15 @@ _EXAMPLES = {
         "base_models=[HistGradientBoostingClassifier]",
         "graftstack stack name=adult-stack resume=true",
     ),
+    "meta": (
+        "graftstack meta data=omniglot data.path=omniglot.parquet method=prototypes train.num_ways=60 "
+        "train.num_queries=5",
+        "graftstack meta data=image_folder data.path=birds backbone=resnet18 method=prototypes num_episodes=0 "
+        "backbone.weights=DEFAULT eval.num_ways=[5,20] eval.num_shots=[1,5]",
+        "graftstack meta data=omniglot data.path=omniglot.parquet method=maml episodes_per_step=32 "
+        "cluster.num_workers=8",
+        "graftstack meta name=characters resume=true",
+    ),
     "pipeline": (
         "graftstack pipeline data=image_folder data.path=flowers backbone=resnet18 backbone.weights=DEFAULT "
         "space.freeze_depth=[4,all] space.lr=[1e-4,1e-3] top=3 'base_models=[{probe:{}}]' time_limit_s=3600",

@@ -10,14 +10,16 @@ from rich.table import Table
 
 from graftstack.cluster.finetune import launch
 from graftstack.cluster.launching import check, saved_overrides
+from graftstack.cluster.meta import launch_meta, plan_meta
 from graftstack.cluster.pipeline import PipelineDisplays, check_stack_part, launch_pipeline
 from graftstack.cluster.stack import check_leakage, launch_stack, plan_stack
 from graftstack.cluster.sweep import launch_sweep, plan_sweep
 from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
 from graftstack.errors import BadInputError
-from graftstack.report import stack_tables, sweep_tables, tables
+from graftstack.report import meta_tables, stack_tables, sweep_tables, tables
 from graftstack.report.console import plain_console
+from graftstack.report.meta_progress import meta_display
 from graftstack.report.progress import job_display
 from graftstack.report.stack_progress import stack_display
 from graftstack.report.sweep_progress import sweep_display
@@ -100,6 +102,13 @@ def _run_stack(asked: _Asked) -> Run:
     return run
 
 
+def _run_meta(asked: _Asked) -> Run:
+    with meta_display(asked.console) as display:
+        run = launch_meta(asked.config, overrides=asked.overrides, display=display, verbose=asked.verbose)
+    asked.console.print(meta_tables.few_shot_table(run.manifest.results["table"]))
+    return run
+
+
 def _run_pipeline(asked: _Asked) -> Run:
     with sweep_display(asked.console) as sweep, stack_display(asked.console) as stack:
         displays = PipelineDisplays(sweep, stack)
@@ -149,6 +158,12 @@ def _plan_stack(asked: _Asked) -> _Planned:
     return _Planned(stack_tables.plan_tables(plan), asdict(plan))
 
 
+def _plan_meta(asked: _Asked) -> _Planned:
+    with meta_display(asked.console) as display:
+        plan = plan_meta(asked.config, overrides=asked.overrides, display=display)
+    return _Planned(meta_tables.plan_tables(plan), asdict(plan))
+
+
 def _plan_pipeline(asked: _Asked) -> _Planned:
     """The stack depends on the trials that the sweep finds best; as far as it doesn't, it is checked."""
     with stack_display(asked.console) as display:
@@ -161,6 +176,7 @@ _RUN: dict[str, Callable[[_Asked], Run]] = {
     "pretrain": _run_training,
     "sweep": _run_sweep,
     "stack": _run_stack,
+    "meta": _run_meta,
     "pipeline": _run_pipeline,
 }
 
@@ -169,5 +185,6 @@ _PLAN: dict[str, Callable[[_Asked], _Planned]] = {
     "pretrain": _plan_training,
     "sweep": _plan_sweep,
     "stack": _plan_stack,
+    "meta": _plan_meta,
     "pipeline": _plan_pipeline,
 }

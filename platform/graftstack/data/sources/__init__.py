@@ -21,7 +21,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from graftstack.config.schema import DataConfig, Source
-from graftstack.data.sources import csv, digits, image_folder, parquet, torchvision
+from graftstack.data.sources import csv, digits, image_folder, omniglot, parquet, torchvision
 
 SOURCES: dict[Source, Callable[[DataConfig], pa.Table]] = {
     Source.digits: digits.read,
@@ -29,4 +29,5 @@ SOURCES: dict[Source, Callable[[DataConfig], pa.Table]] = {
     Source.parquet: parquet.read,
     Source.csv: csv.read,
     Source.torchvision: torchvision.read,
+    Source.omniglot: omniglot.read,
 }

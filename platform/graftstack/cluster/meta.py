@@ -1,0 +1,192 @@
+"""Launching `meta`: check everything, open the run, train and measure wherever it is to run."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from graftstack.cluster.finetune import Display
+from graftstack.cluster.launching import beating, check, needs_group, open_run
+from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, cpus_per_worker
+from graftstack.cluster.session import ray_session
+from graftstack.config.meta import MetaConfig
+from graftstack.machine import usable_cpus
+from graftstack.runs import Run
+
+if TYPE_CHECKING:
+    from graftstack.data.images import Images
+    from graftstack.meta.crew import Crew
+    from graftstack.meta.model import MetaModel
+    from graftstack.meta.plan import MetaPlan
+    from graftstack.meta.runner import RunnerSettings
+    from graftstack.meta.task import MetaTask
+    from graftstack.meta.training import MetaProgress
+
+
+# Images take no more of a node's object store than this share: parameters and gradients pass through it too.
+_SHARE_OF_STORE = 0.5
+
+
+class MetaDisplay(Display, Protocol):
+    """What the launch of a meta-training tells a person."""
+
+    def episodes(self, progress: "MetaProgress") -> None:
+        """Where the training stands."""
+        ...
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Held-out episodes scored, of all."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+        ...
+
+
+def launch_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisplay, verbose: bool = False) -> Run:
+    """Runs a meta-training to its end and returns its run; a run that is done already is returned as it is.
+
+    Whatever ends the process, the run folder stays resumable. Errors before the start leave no folder behind.
+
+    Raises:
+        BadInputError: what the user gave can't be run.
+        GraftstackError: the training failed; the manifest says so too.
+        KeyboardInterrupt: it was interrupted; the manifest says so too.
+    """
+    checked = check("meta", config, overrides)
+    if checked.is_done:
+        assert checked.existing is not None
+        return checked.existing
+
+    from graftstack.meta.job import Listener, MetaJob
+    from graftstack.meta.task import prepare_meta
+
+    task = prepare_meta(checked.config, progress=display.reading)
+    with _crew(task, verbose=verbose) as crew, open_run(checked) as run:
+        listener = Listener(display.episodes, display.evaluating, _Waiting(crew, display))
+        with beating(run):
+            outcome = MetaJob(task, _model(task), crew, run.folder, listener=listener).run()
+        run.folder.sweep()
+        run.update(
+            status="done",
+            metrics=outcome.metrics,
+            artifacts=outcome.artifacts,
+            details=outcome.details,
+            results=outcome.results,
+        )
+    return run
+
+
+def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisplay) -> "MetaPlan":
+    """Checks a meta-training and returns what it would do; goes through a few episodes, to see how long they take."""
+    from graftstack.meta.plan import plan_of
+    from graftstack.meta.task import prepare_meta
+
+    checked = check("meta", config, overrides)
+    task = prepare_meta(checked.config, progress=display.reading)
+    return plan_of(task, _model(task), _crew_of_one(task))
+
+
+class _Waiting:
+    """Says what a crew waits for, once, where nothing goes on."""
+
+    def __init__(self, crew: "Crew", display: MetaDisplay) -> None:
+        self._crew = crew
+        self._display = display
+        self._said: str | None = None
+
+    def __call__(self, _num_done: int) -> None:
+        reason = self._crew.waiting_for
+        if reason is not None and reason != self._said:
+            self._display.say(f"waiting for {reason}")
+        self._said = reason
+
+
+@contextmanager
+def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
+    """Opens what goes through the episodes, for the block: this process, or several of a cluster."""
+    cluster = task.config.cluster
+    if not needs_group(cluster):
+        yield _crew_of_one(task)
+        return
+    with ray_session(cluster, verbose=verbose):
+        from graftstack.cluster.crew import RayCrew
+        from graftstack.meta.runner import EpisodeRunner
+
+        resources = cluster_resources()
+        check_resources(cluster, resources)
+        num_threads = _num_threads(task.config, cpus_per_worker(cluster, resources))
+        check_nodes(cluster, num_threads)
+        crew = RayCrew(
+            partial(EpisodeRunner, _settings(task, _shared_images(task))),
+            num_workers=cluster.max_workers,
+            num_cpus=num_threads,
+            num_gpus=cluster.gpus_per_worker,
+            num_threads=num_threads,
+            max_losses=cluster.max_failures,
+            verbose=verbose,
+        )
+        try:
+            yield crew
+        finally:
+            crew.close()
+
+
+def _crew_of_one(task: "MetaTask") -> "Crew":
+    """Returns this process."""
+    import torch
+
+    from graftstack.meta.crew import InlineCrew
+    from graftstack.meta.runner import EpisodeRunner
+
+    torch.set_num_threads(_num_threads(task.config, usable_cpus()))
+    return InlineCrew(EpisodeRunner(_settings(task, task.data.images)))
+
+
+def _num_threads(config: MetaConfig, share: int) -> int:
+    """Returns the threads of each worker.
+
+    Sums of torch depend on them in their last bits. So that these are the same on any number of workers, each has one
+    where a step can be shared out, and all CPUs are used by as many workers.
+    """
+    return config.cluster.cpus_per_worker or (share if config.episodes_per_step == 1 else 1)
+
+
+def _settings(task: "MetaTask", images: "Images") -> "RunnerSettings":
+    from graftstack.meta.runner import RunnerSettings
+
+    return RunnerSettings(
+        config=task.config,
+        classes=task.classes,
+        images=images,
+        preprocessing=task.preprocessing,
+        device="cuda" if task.config.cluster.gpus_per_worker else "cpu",
+    )
+
+
+def _shared_images(task: "MetaTask") -> "Images":
+    """Returns the images as one array, which each node holds once, unless they are too large for that.
+
+    Then each process reads them from the file that the decoded images are kept in, which all nodes are to see.
+    """
+    import ray
+
+    from graftstack.data.images import in_memory
+
+    images = task.data.images
+    num_bytes = len(images) * images.image_size**2 * 3
+    rooms = [node["Resources"].get("object_store_memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return in_memory(images) if num_bytes <= _SHARE_OF_STORE * min(rooms, default=0.0) else images
+
+
+def _model(task: "MetaTask") -> "MetaModel":
+    import torch
+
+    from graftstack.meta.model import MetaModel
+
+    return MetaModel(
+        task.config,
+        image_size=task.preprocessing.image_size,
+        num_classes=len(task.classes.train),
+        device=torch.device("cpu"),
+    )

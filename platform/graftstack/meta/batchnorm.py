@@ -1,0 +1,83 @@
+"""BatchNorm with the moments of the batch at hand: without state, for any model, and under torch.func.
+
+A model stays in eval mode, where its BatchNorm layers use their running statistics and update nothing in place. Inside
+`batch_statistics` the same layers normalise with moments of the batch instead. They all end in
+`torch.nn.functional.batch_norm`, and that call is what is replaced.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Moments(NamedTuple):
+    """What a BatchNorm layer normalised with; a channel each, [C], detached."""
+
+    mean: Tensor
+    variance: Tensor
+    """Unbiased, as running variances are."""
+
+
+Found = dict[int, Moments]
+"""By the identity of a layer's running mean."""
+
+
+@contextmanager
+def batch_statistics(num_rows: int | None = None, found: Found | None = None) -> Generator[None]:
+    """Inside, BatchNorm normalises with the moments of the batch.
+
+    Args:
+        num_rows: With those of the batch's first rows alone, so that no other row tells on the rest; None: of all.
+        found: Is told what each layer normalised with. Not under `torch.func.vmap`.
+    """
+    with _BatchStatistics(num_rows, found):
+        yield
+
+
+class _BatchStatistics(TorchFunctionMode):
+    def __init__(self, num_rows: int | None, found: Found | None) -> None:
+        super().__init__()
+        self._num_rows = num_rows
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        if func is F.batch_norm:
+            func = self._batch_norm
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,  # noqa: ARG002
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,  # noqa: ARG002, FBT001, FBT002 - torch's own signature
+        momentum: float = 0.1,  # noqa: ARG002
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """x[N, C, ...] -> x[N, C, ...]."""
+        if self._num_rows is not None:
+            return _normalised_by(x[: self._num_rows], x, weight, bias, eps)
+        if self._found is None or running_mean is None:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+        # Running averages that forget all else are the moments of the batch, and come at no cost.
+        moments = self._found[id(running_mean)] = Moments(torch.zeros_like(running_mean), torch.ones_like(running_mean))
+        return F.batch_norm(x, *moments, weight, bias, training=True, momentum=1.0, eps=eps)
+
+
+def _normalised_by(rows: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalises x[N, C, ...] with the moments of rows[n, C, ...]."""
+    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    variance, mean = torch.var_mean(exact, dim=[0, *range(2, x.ndim)], correction=0)
+    scale = torch.rsqrt(variance + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    # A scale and a shift for each channel are what BatchNorm with mean 0 and variance 1 is, in one pass over x.
+    return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(mean), scale, shift, eps=0.0)

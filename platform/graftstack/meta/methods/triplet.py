@@ -1,0 +1,48 @@
+"""Triplet loss: an image lies nearer to one of its class than to a stranger, by a margin.
+
+Schroff, Kalenichenko & Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3, on
+the distances d between features at unit length:
+
+    mean of max(0, d(a, p) - d(a, n) + margin)    over triplets of anchor a, relative p and stranger n
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from graftstack.config.meta import MethodName
+from graftstack.meta.episodes import EpisodeShape
+from graftstack.meta.methods.metric_learning import metric_learning
+from graftstack.meta.methods.nearest_neighbour import neighbours_agree
+from graftstack.meta.methods.prototypes import nearest_prototype
+from graftstack.meta.methods.protocols import EmbeddingLoss
+from graftstack.meta.network import Network, Params
+
+
+class Triplet:
+    """Learns the features alone; one loss for all episodes of a step.
+
+    Raises:
+        ConfigError: pytorch-metric-learning isn't installed.
+    """
+
+    def __init__(self, network: Network, *, margin: float) -> None:
+        self._network = network
+        self._loss = metric_learning("losses", MethodName.triplet).TripletMarginLoss(margin=margin)
+        self._miner = metric_learning("miners", MethodName.triplet).BatchHardMiner()
+
+    def meta_parameters(self) -> Params:
+        """The network's."""
+        return self._network.parameters()
+
+    def loss(self, params: Params, features: Tensor, classes: Tensor, shape: EpisodeShape) -> EmbeddingLoss:  # noqa: ARG002
+        """Of all images of a step; an image is classified rightly if its nearest neighbour is of its class."""
+        loss: Tensor = self._loss(features, classes, self._miner(features, classes))
+        return EmbeddingLoss(loss, neighbours_agree(self.embedding(features), classes), len(classes))
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """The features at unit length."""
+        return F.normalize(features)
+
+    def classify(self, support: Tensor, support_labels: Tensor, queries: Tensor, num_ways: int) -> Tensor:
+        """By the nearest prototype."""
+        return nearest_prototype(self.embedding(support), support_labels, self.embedding(queries), num_ways)

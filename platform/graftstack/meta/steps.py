@@ -1,0 +1,91 @@
+"""One step of the outer loop: the gradients of its episodes, from whoever computes them, in one order of summation."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from graftstack.config.meta import MetaConfig
+from graftstack.meta.crew import Crew
+from graftstack.meta.model import Floats, MetaModel, MetaState
+from graftstack.meta.runner import Block, BlockFeatures, BlockGradient, training_shape
+
+# A step has no more blocks than these, and so feeds no more workers: each block sends one gradient.
+_MOST_BLOCKS = 32
+
+
+class StepGradient(NamedTuple):
+    """What the episodes of a step say together."""
+
+    gradient: Floats
+    """The mean of their meta-gradients, [P]."""
+    losses: list[float]
+    """Of each episode; a joint method has one for all."""
+    accuracies: list[float]
+    moments: list[Floats]
+    """What BatchNorm saw in each episode, [S]; empty where the method keeps no running statistics."""
+
+
+def blocks_of(step: int, config: MetaConfig) -> list[Block]:
+    """Returns the blocks of a step: a function of the number of its episodes alone, so that sums are the same to the
+    bit on any number of workers."""
+    num, first = config.episodes_per_step, step * config.episodes_per_step
+    num_blocks = min(num, _MOST_BLOCKS)
+    bounds = [first + num * index // num_blocks for index in range(num_blocks + 1)]
+    return [Block(start, stop) for start, stop in pairwise(bounds)]
+
+
+def gradient_of_step(
+    step: int, state: MetaState, model: MetaModel, crew: Crew, *, poll: Callable[[int], None] = lambda _: None
+) -> StepGradient:
+    """Returns the mean of the meta-gradients of a step's episodes, added up in their order.
+
+    Args:
+        step: Which step of the outer loop.
+        state: The meta-parameters.
+        model: The method.
+        crew: Goes through the blocks.
+        poll: As `Crew.call` has it.
+
+    Raises:
+        TrainingError: an inner loop diverged, or a loss isn't finite.
+    """
+    blocks = blocks_of(step, model.config)
+    if model.config.is_joint:
+        return _joint(blocks, state, model, crew, poll)
+    parts: list[BlockGradient] = crew.call("gradient", [[block] for block in blocks], shared=[state], poll=poll)
+    return StepGradient(
+        _sum([part.gradient for part in parts]) / np.float32(model.config.episodes_per_step),
+        [loss for part in parts for loss in part.losses],
+        [accuracy for part in parts for accuracy in part.accuracies],
+        [moments for part in parts for moments in part.moments],
+    )
+
+
+def _joint(
+    blocks: list[Block], state: MetaState, model: MetaModel, crew: Crew, poll: Callable[[int], None]
+) -> StepGradient:
+    """The loss is one over the features of all images; its gradient by them goes back to where they came from."""
+    embedded: list[BlockFeatures] = crew.call("embed", [[block] for block in blocks], shared=[state], poll=poll)
+    features = torch.from_numpy(np.concatenate([part.features for part in embedded])).requires_grad_()
+    classes = torch.from_numpy(np.concatenate([part.classes for part in embedded]))
+    found = model.embedding.loss(model.parameters(state), features, classes, training_shape(model.config))
+    (slopes,) = torch.autograd.grad(found.loss, features)
+    pieces = slopes.split([len(part.features) for part in embedded])
+    args_list = [[block, piece.numpy()] for block, piece in zip(blocks, pieces, strict=True)]
+    gradients: list[Floats] = crew.call("pull_back", args_list, shared=[state], poll=poll)
+    return StepGradient(
+        _sum(gradients),
+        [float(found.loss)],
+        [float(found.num_correct / found.num_counted)],
+        [moments for part in embedded for moments in part.moments],
+    )
+
+
+def _sum(vectors: Sequence[Floats]) -> Floats:
+    total = vectors[0].copy()
+    for vector in vectors[1:]:
+        total += vector
+    return total

@@ -1,0 +1,145 @@
+"""Steps of a crew of workers: how far from the best possible they are, what they cost, and what images take.
+
+    python -m tests.bench.meta_scaling [sleeping] [overhead] [memory] [--rounds 20]
+
+- sleeping: blocks that take no CPU, so that eight workers need no eight CPUs, beside the time below which none can end.
+- overhead: what a step of blocks that do nothing takes, by what travels with them.
+- memory: what an array of images takes in each process that has read all of it.
+
+Workers are started, and have gone through a step, before all clocks.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+from tests.bench.measuring import Table, load_average, timed
+from tests.bench.stacking_speed import running_ray
+
+from graftstack.cluster.crew import RayCrew
+
+MOST_WORKERS = 8
+NUM_BLOCKS, BLOCK_S = 32, 0.05
+STATE = np.zeros(112_500, np.float32)
+"""As large as the parameters of conv4."""
+MIB = 2**20
+
+
+class Idler:
+    """A runner that sleeps, or not even that."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def sleep(self, seconds: float) -> int:
+        """Returns the process that slept."""
+        time.sleep(seconds)
+        return os.getpid()
+
+    def nothing(self, *_: Any) -> None:
+        """Takes what there is."""
+
+    def result(self, *_: Any) -> np.ndarray:
+        """Returns as much as a gradient."""
+        return STATE
+
+    def read(self) -> int:
+        """Reads all images, and returns the process that did."""
+        self.images.sum()
+        return self.sleep(0.2)
+
+
+@contextmanager
+def crew_of(num_workers: int, *, images: np.ndarray = STATE) -> Iterator[RayCrew]:
+    """Starts a crew on the running Ray, and waits until all of it is there."""
+    crew = RayCrew(partial(Idler, images), num_workers=num_workers, num_cpus=1, num_threads=1, max_losses=0)
+    try:
+        while len(set(crew.call("sleep", [[0.1]] * 2 * num_workers))) < num_workers:
+            pass
+        yield crew
+    finally:
+        crew.close()
+
+
+def step_s(step: Callable[[], Any], rounds: int) -> list[float]:
+    """Returns what a step takes, each time."""
+    step()
+    return [timed(step).seconds for _ in range(rounds)]
+
+
+def shown(seconds: list[float]) -> str:
+    """Returns the fastest and the slowest in milliseconds."""
+    return f"{1e3 * min(seconds):.1f} .. {1e3 * max(seconds):.1f}"
+
+
+def sleeping(options: argparse.Namespace) -> None:
+    """1, 2, 4 and 8 workers on the same blocks."""
+    table = Table(
+        f"scaling: {NUM_BLOCKS} sleeping blocks of {1e3 * BLOCK_S:.0f} ms a step, {STATE.nbytes / 1e3:.0f} kB there and "
+        f"back, {options.rounds} steps, {load_average()}"
+    )
+    for num in (1, 2, 4, MOST_WORKERS):
+        ideal_s = NUM_BLOCKS * BLOCK_S / num
+        with crew_of(num) as crew:
+            seconds = step_s(lambda crew=crew: crew.call("sleep", [[BLOCK_S]] * NUM_BLOCKS), options.rounds)
+        table.row(f"{num} workers, ms a step (median)", f"{1e3 * median(seconds):.1f}", shown(seconds))
+        target = "target >= 0.85" if num == MOST_WORKERS else ""
+        table.row(f"{num} workers, best possible / measured", f"{ideal_s / median(seconds):.3f}", target)
+
+
+def overhead(options: argparse.Namespace) -> None:
+    """Eight blocks on two workers."""
+    table = Table(f"overhead: 8 blocks that do nothing, 2 workers, {5 * options.rounds} steps, {load_average()}")
+    with crew_of(2) as crew:
+        for name, method, shared, target in (
+            ("nothing travels", "nothing", (), ""),
+            (f"{STATE.nbytes / 1e3:.0f} kB shared", "nothing", (STATE,), "target <= 10"),
+            (f"{STATE.nbytes / 1e3:.0f} kB shared, and as much from each block", "result", (STATE,), ""),
+        ):
+            seconds = step_s(
+                lambda method=method, shared=shared: crew.call(method, [[]] * 8, shared=shared), 5 * options.rounds
+            )
+            table.row(f"{name}, ms a step (median)", f"{1e3 * median(seconds):.1f}", f"{target} {shown(seconds)}")
+
+
+def memory(_: argparse.Namespace) -> None:
+    """One and four workers on one node, which have read small and large images."""
+    table = Table("memory: MiB of all workers, what they share counted once, after they have read all images")
+    found = {}
+    for size in (1, 200):
+        images = np.ones(size * MIB, np.uint8)
+        for num in (1, 4):
+            with crew_of(num, images=images) as crew:
+                pids = set(crew.call("read", [[]] * 2 * num))
+                assert len(pids) == num
+                found[size, num] = sum(psutil.Process(pid).memory_full_info().pss for pid in pids) / MIB
+            table.row(f"{size} MiB of images, {num} workers", f"{found[size, num]:.0f}")
+    table.row("199 MiB more of images, 1 worker", f"{found[200, 1] - found[1, 1]:.0f}")
+    table.row("199 MiB more of images, 4 workers", f"{found[200, 4] - found[1, 4]:.0f}", "target <= 210")
+
+
+PARTS = {"sleeping": sleeping, "overhead": overhead, "memory": memory}
+
+
+def main() -> None:
+    """Runs the parts that are asked for, all unless any is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each measurement")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part {sorted(unknown)[0]}; use {', '.join(PARTS)}")
+    with running_ray(MOST_WORKERS):
+        for name in options.parts or PARTS:
+            PARTS[name](options)
+
+
+if __name__ == "__main__":
+    main()
