@@ -105,7 +105,14 @@ def _plan(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from graftstack.report.predicting import predict_run
 
-    predict_run(options.run_name, options.data, options.out, base=options.base, runs_dir=options.runs_dir)
+    predict_run(
+        options.run_name,
+        options.data,
+        options.out,
+        base=options.base,
+        support=options.support,
+        runs_dir=options.runs_dir,
+    )
     return EXIT_DONE
 
 
@@ -247,12 +254,20 @@ def _add_inspection(commands: Any) -> None:
     predict.add_argument("data", metavar="DATA", help="a Parquet or CSV file, a folder of images, or digits")
     predict.add_argument("--out", required=True, help="the Parquet file to write")
     predict.add_argument("--base", metavar="NAME", help="let one base model of a stack predict alone")
+    predict.add_argument(
+        "--support",
+        metavar="DATA",
+        help="a meta run: labelled images, in any form of DATA, from which it learns the classes. With "
+        "eval.batchnorm=transductive all rows are normalised together, and each answer depends on the others",
+    )
 
     evaluate = _add(commands, "evaluate", _evaluate, text="Measure the model of RUN on labelled data.")
     evaluate.add_argument("run_name", metavar="RUN", help="a run's name, or the path or URI of its folder")
     evaluate.add_argument("data", metavar="DATA", nargs="?", help="default: the data that the run was trained with")
     evaluate.add_argument(
-        "--split", choices=("train", "val", "test", "all"), help="default: val of the run's own data, all of other data"
+        "--split",
+        choices=("train", "val", "test", "all"),
+        help="default: val of the run's own data, all of other data; a meta run's own classes: those for testing",
     )
     evaluate.add_argument("--json", action="store_true")
 

@@ -1,4 +1,4 @@
-"""The whole story on one page, offline: pretrain on some digits, graft onto others in several ways, sweep, stack."""
+"""The whole story on one page, offline: pretrain on some digits, graft onto others, sweep, stack, learn to learn."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,25 +9,28 @@ from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
+from graftstack.cluster.meta import launch_meta
 from graftstack.cluster.stack import launch_stack
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
+from graftstack.config.meta import MetaConfig
 from graftstack.config.schema import FinetuneConfig
 from graftstack.config.stack import StackConfig
 from graftstack.config.sweep import SweepConfig
 from graftstack.errors import RunError
 from graftstack.report.console import plain_console
+from graftstack.report.meta_progress import meta_display
 from graftstack.report.progress import job_display
 from graftstack.report.stack_progress import stack_display
 from graftstack.report.stack_tables import leaderboard_table
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.report.sweep_tables import reuse_line, trials_table
-from graftstack.report.tables import number
+from graftstack.report.tables import empty_table, number
 from graftstack.runs import Run, list_runs
 
 # Eight by eight pixels say little at their own size to a network with four poolings.
-_COMMON = ("data=digits", "data.image_size=16", "backbone=conv4", "augment=none")
+_COMMON = ("data=digits", "data.image_size=16", "backbone=conv4")
 _BASE = ("name=digits-0-4", "data.classes=[0,1,2,3,4]", "epochs=12", "batch_size=64")
 _FEW = (
     "data.classes=[5,6,7,8,9]",
@@ -59,6 +62,19 @@ _CONTENDERS = (
 )
 
 
+_META = (
+    "eval.classes=[5,6,7,8,9]",
+    "eval.num_shots=[5]",
+    "num_queries=10",
+    _PRETRAINED,
+)
+_FEW_SHOT = (
+    _Contender("few-shot-head", "a linear head on each support set", ("method=finetune_baseline", "num_episodes=0")),
+    _Contender("few-shot-prototypes", "nearest prototype", ("method=prototypes", "num_episodes=0")),
+    _Contender("few-shot-trained", "nearest prototype, meta-trained on 0-4", ("method=prototypes", "num_episodes=200")),
+)
+
+
 def run_demo(runs_dir: str) -> None:
     """Runs the demo in `runs_dir`, which holds nothing but earlier demos, and prints its table.
 
@@ -87,6 +103,11 @@ def run_demo(runs_dir: str) -> None:
     stack = _run("stack", runs_dir, (*_STACK, f"from_sweep={sweep.folder.location}"), console)
     results = stack.manifest.results
     plain_console().print(leaderboard_table(results["base_models"], results["stack"]))
+    console.print("5. telling 5-9 apart from 1 or 5 images of each", highlight=False)
+    learners = [
+        _run("meta", runs_dir, (f"name={learner.name}", *_META, *learner.overrides), console) for learner in _FEW_SHOT
+    ]
+    plain_console().print(_few_shot_table(learners))
     plain_console().print(
         f"runs: {runs_dir} (graftstack runs --runs-dir {runs_dir}; graftstack runs show lp-ft --runs-dir {runs_dir})",
         highlight=False,
@@ -105,6 +126,9 @@ def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) ->
         with stack_display(quiet) as display:
             return launch_stack(config, overrides=everything, display=display)
     assert isinstance(config, FinetuneConfig)
+    if isinstance(config, MetaConfig):
+        with meta_display(quiet) as display:
+            return launch_meta(config, overrides=everything, display=display)
     with job_display(quiet) as display:
         return launch(job, config, overrides=everything, display=display)
 
@@ -114,11 +138,20 @@ def _clear(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise RunError(f"--runs-dir {folder}: a file, not a folder; choose another")
-    known = {"digits-0-4", "sweep", "stack", *(contender.name for contender in _CONTENDERS)}
+    known = {"digits-0-4", "sweep", "stack", *(contender.name for contender in (*_CONTENDERS, *_FEW_SHOT))}
     found = {run.manifest.name for run in list_runs(str(folder))}
     if strange := {path.name for path in folder.iterdir()} - (known & found):
         raise RunError(f"--runs-dir {folder}: holds {sorted(strange)[0]}, which is no demo run; choose another folder")
     shutil.rmtree(folder)
+
+
+def _few_shot_table(runs: Sequence[Run]) -> Table:
+    table = empty_table("5-way, of the pretrained backbone", "1 image each, %", "5 images each, %", "seconds")
+    for learner, run in zip(_FEW_SHOT, runs, strict=True):
+        rows = run.manifest.results["table"]
+        accuracies = (f"{100 * row['accuracy']:.1f} ± {100 * row['ci95']:.1f}" for row in rows)
+        table.add_row(learner.title, *accuracies, f"{run.manifest.seconds:.1f}")
+    return table
 
 
 def _table(runs: Sequence[Run]) -> Table:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from graftstack.meta.crew import Crew, InlineCrew
 
 NUM_WORKERS = 2
 PATIENCE_S = 60
-SLOW_S = 4.0
+SLOW_S = 3.0
 NUM_IMAGES = 20_000_000
 
 
@@ -64,19 +64,17 @@ class Counting:
     def calls(self, seconds: float) -> tuple[int, int]:
         return self.work(seconds), self.num_calls
 
-    def die_once(self, marker: Path, seconds: float = 0.0) -> int:
+    def die_once(self, marker: Path, seconds: float = 0.0) -> tuple[int, int]:
         """Ends its own process, unless one has done that before."""
         time.sleep(seconds)
-        try:
-            marker.touch(exist_ok=False)
-        except FileExistsError:
-            return os.getpid()
-        return self.die()
+        if not marker.exists():
+            marker.touch()
+            self.die()
+        return self.calls(0.0)
 
-    def die(self) -> int:
+    def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(PATIENCE_S)
-        return 0
 
     def memory(self, shared: npt.NDArray[np.float64], seconds: float) -> tuple[int, Memory, Memory]:
         time.sleep(seconds)
@@ -249,7 +247,8 @@ def test_of_what_runners_raise_the_first_in_order_is_raised_as_itself_and_the_cr
     assert crew.num_losses == 0
 
 
-def test_what_the_caller_raises_is_raised(start: Callable[..., RayCrew]) -> None:
+@pytest.mark.ray
+def test_what_the_caller_raises_is_raised_and_closed_crews_can_be_closed_again(start: Callable[..., RayCrew]) -> None:
     def full(_: int) -> None:
         raise OSError("no space left")
 
@@ -278,7 +277,7 @@ def test_blocks_are_spread_over_workers_that_each_make_a_runner_once(ray_crew: R
 def test_a_block_goes_to_the_worker_that_had_it_in_the_step_before(ray_crew: RayCrew) -> None:
     pids_of(ray_crew)
     # One has the first block, the other all else, and has waited longer when the next step begins.
-    uneven = [[0.4], [0.05], [0.05], [0.05]]
+    uneven = [[0.25], [0.02], [0.02], [0.02]]
     for _ in range(3):
         first, *others = ray_crew.call("work", uneven)
         assert first not in others
@@ -296,13 +295,11 @@ def test_images_and_shared_arguments_lie_once_on_a_node_and_cant_be_written_to(r
     for (memory,) in (images, shared):
         assert not memory.is_writeable
         assert not memory.file.endswith(" 0"), "it is a process's own"
-    for pid in {pid for pid, _, _ in found}:
-        assert psutil.Process(pid).memory_full_info().uss < psutil.Process(pid).memory_info().rss
 
 
 @pytest.mark.ray
 def test_what_cant_be_sent_back_is_told_and_is_no_loss(ray_crew: RayCrew) -> None:
-    with pytest.raises(TrainingError, match="what can't be sent from there .ValueError: oddly"):
+    with pytest.raises(TrainingError, match=r"what can't be sent from there .ValueError: oddly"):
         ray_crew.call("refuse_oddly", [[]])
     assert len(pids_of(ray_crew)) == NUM_WORKERS
     assert ray_crew.num_losses == 0
@@ -319,8 +316,10 @@ def test_the_block_of_a_killed_worker_goes_to_a_survivor_and_nobody_waits_for_th
     began = time.monotonic()
     after = crew.call("die_once", [[tmp_path / "dead"], *[[tmp_path / "dead", 0.5]] * 3])
     seconds = time.monotonic() - began
-    (survivor,) = set(after)
+    (survivor,) = {pid for pid, _ in after}
     assert survivor in before
+    numbers = [number for _, number in after]
+    assert numbers[0] == min(numbers) + 1, "others came before the lost block"
     assert crew.num_losses == 1
     assert crew.num_workers == NUM_WORKERS
     assert seconds < SLOW_S
@@ -333,20 +332,24 @@ def test_the_block_of_a_killed_worker_goes_to_a_survivor_and_nobody_waits_for_th
 def test_workers_lost_between_steps_are_no_fault_of_the_blocks_that_they_would_get(
     start: Callable[..., RayCrew],
 ) -> None:
-    crew = start(num_workers=5, max_losses=9)
-    before = pids_of(crew, 5)
-    for pid in before[:4]:
+    crew = start(num_workers=4, max_losses=9)
+    pids_of(crew, 4)
+    # The one that is left has waited least: all that are dead come first.
+    left, *others = crew.call("work", [[0.4], *[[0.1]] * 3])
+    assert len({left, *others}) == 4
+    for pid in others:
         kill(pid)
-    assert crew.call("work", [[0.05]]) in [[pid] for pid in [before[4]]]
+    assert crew.call("work", [[0.05]]) == [left]
     assert crew.num_losses >= 1
 
 
 @pytest.mark.ray
 def test_after_too_many_losses_survivors_go_on_alone_and_then_it_is_over(start: Callable[..., RayCrew]) -> None:
     crew = start(max_losses=1)
-    for num_left in (2, 1):
+    for num_losses, num_left in ((1, 2), (2, 1)):
         kill(pids_of(crew)[0])
-        wait_until(lambda: crew.call("work", [[0.05]] * 4) and crew.num_losses == 3 - num_left)
+        while crew.num_losses < num_losses:
+            crew.call("work", [[0.05]] * 4)
         assert crew.num_workers == num_left
     (last,) = pids_of(crew, 1)
     kill(last)
@@ -360,7 +363,9 @@ def test_after_too_many_losses_survivors_go_on_alone_and_then_it_is_over(start: 
 @pytest.mark.ray
 def test_a_block_that_loses_worker_after_worker_is_to_blame(start: Callable[..., RayCrew]) -> None:
     crew = start(max_losses=9, num_workers=3)
-    with pytest.raises(TrainingError, match="^block 1 of 1 lost the worker that went through it 3 times; at last: its"):
+    with pytest.raises(
+        TrainingError, match=r"^block 1 of 1 lost the worker that went through it 3 times; at last: its"
+    ):
         crew.call("die", [[]])
     assert crew.num_workers == 0
 
@@ -416,11 +421,13 @@ def test_where_there_never_is_room_for_a_worker_waiting_ends(start: Callable[...
 def test_an_interrupted_crew_leaves_nothing_running(start: Callable[..., RayCrew]) -> None:
     before = num_actors()
     crew = start()
+    wide = start(num_cpus=1000)
     pids = pids_of(crew)
     timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         crew.call("work", [[PATIENCE_S]] * 4)
-    crew.close()
+    for each in (crew, wide):
+        each.close()
     assert_none_left(before)
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))

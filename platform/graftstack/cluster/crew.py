@@ -104,6 +104,7 @@ class _Worker:
         self.process = process
         self.node = process.node.remote()
         """A reference to the node's id."""
+        self.has_started = False
         self._step = 0
         self._places: list[int] = []
         self._likes: Iterator[int] = iter(())
@@ -199,7 +200,7 @@ class RayCrew:
     @property
     def waiting_for(self) -> str | None:
         """What there must be before any block can go on, for people; None: nothing keeps them waiting."""
-        if self._idle or self._running:
+        if self._is_anybody_there:
             return None
         if num_placed := self._num_placed:
             return f"{num_placed} of {self.num_workers} workers to start"
@@ -279,6 +280,7 @@ class RayCrew:
         except RayError as error:
             self._lose(worker, error)
         else:
+            worker.has_started = True
             self._idle.append(worker)
 
     def _lose(self, worker: _Worker, error: Exception) -> None:
@@ -311,6 +313,11 @@ class RayCrew:
             self._starting[worker.check()] = worker
 
     @property
+    def _is_anybody_there(self) -> bool:
+        """Whether there is a process that has made its runner."""
+        return any(worker.has_started for worker in self._workers)
+
+    @property
     def _num_placed(self) -> int:
         """How many of those that are starting have a place on a node."""
         return len(done([worker.node for worker in self._starting.values()], 0.0))
@@ -328,7 +335,7 @@ class RayCrew:
                 f"cluster.max_failures={self._max_losses}: no worker is left after {num} losses; raise it, or see to "
                 f"what ended the last: {self._why_lost}"
             )
-        if self._idle or self._running or self._num_placed:
+        if self._is_anybody_there or self._num_placed:
             return now
         if now - before > self._patience_s:
             raise TrainingError(

@@ -39,10 +39,12 @@ def result_of(reference: Any) -> Any:
 
 def why_lost(error: Exception, *, memory_remedy: str) -> str:
     """Returns in one line what ended a call, or the process that made it."""
-    from ray.exceptions import RayError
+    from ray.exceptions import ActorUnavailableError, RayError
 
     if not isinstance(error, RayError):
         return reason(error)
+    if isinstance(error, ActorUnavailableError):
+        return "its process or node is out of reach"
     if is_out_of_memory(error):
         return f"its machine ran out of memory; {memory_remedy}"
     return f"its process ended without a word; if that was for want of memory, {memory_remedy}"

@@ -33,7 +33,7 @@ def batch_statistics(num_rows: int | None = None, found: Found | None = None) ->
 
     Args:
         num_rows: With those of the batch's first rows alone, so that no other row tells on the rest; None: of all.
-        found: Is told what each layer normalised with. Not under `torch.func.vmap`.
+        found: Is told what each layer normalised with, where that is all rows. Not under `torch.func.vmap`.
     """
     with _BatchStatistics(num_rows, found):
         yield
@@ -41,6 +41,7 @@ def batch_statistics(num_rows: int | None = None, found: Found | None = None) ->
 
 class _BatchStatistics(TorchFunctionMode):
     def __init__(self, num_rows: int | None, found: Found | None) -> None:
+        assert num_rows is None or found is None
         super().__init__()
         self._num_rows = num_rows
         self._found = found
@@ -62,22 +63,28 @@ class _BatchStatistics(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         """x[N, C, ...] -> x[N, C, ...]."""
-        if self._num_rows is not None:
-            return _normalised_by(x[: self._num_rows], x, weight, bias, eps)
-        if self._found is None or running_mean is None:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-        # Running averages that forget all else are the moments of the batch, and come at no cost.
-        moments = self._found[id(running_mean)] = Moments(torch.zeros_like(running_mean), torch.ones_like(running_mean))
-        return F.batch_norm(x, *moments, weight, bias, training=True, momentum=1.0, eps=eps)
+        if self._found is not None and running_mean is not None:
+            # Running averages that forget all else are the moments of the batch, and come at no cost.
+            moments = Moments(torch.zeros_like(running_mean), torch.ones_like(running_mean))
+            self._found[id(running_mean)] = moments
+            return F.batch_norm(x, *moments, weight, bias, training=True, momentum=1.0, eps=eps)
+        # Under vmap, the backward pass of BatchNorm fails for bf16 images with fp32 weights.
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self._num_rows is None:
+            return F.batch_norm(exact, None, None, weight, bias, training=True, eps=eps).to(x.dtype)
+        return _normalised_by(exact[: self._num_rows], exact, weight, bias, eps).to(x.dtype)
 
 
 def _normalised_by(rows: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalises x[N, C, ...] with the moments of rows[n, C, ...]."""
-    exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    variance, mean = torch.var_mean(exact, dim=[0, *range(2, x.ndim)], correction=0)
+    variance, mean = torch.var_mean(rows, dim=[0, *range(2, x.ndim)], correction=0)
     scale = torch.rsqrt(variance + eps)
     if weight is not None:
         scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    # A scale and a shift for each channel are what BatchNorm with mean 0 and variance 1 is, in one pass over x.
-    return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(mean), scale, shift, eps=0.0)
+    # Zero, but its gradient is what the means have.
+    shift = (mean.detach() - mean) * scale
+    if bias is not None:
+        shift = shift + bias
+    # With running statistics BatchNorm is a scale and a shift for each channel, in one pass over x; it gives no gradient
+    # by those statistics.
+    return F.batch_norm(x, mean.detach(), torch.ones_like(mean), scale, shift, eps=0.0)

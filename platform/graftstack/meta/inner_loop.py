@@ -5,19 +5,19 @@ episodes by `torch.func.vmap`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad_and_value
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graftstack.config.meta import BatchNormMode
 from graftstack.meta.batchnorm import batch_statistics
 from graftstack.meta.episode_images import EpisodeBatch
 from graftstack.meta.network import Network, Params
+from graftstack.meta.second_order import twice_differentiable
 
 Loss = Callable[[Params], Tensor]
 """Parameters -> a scalar."""
@@ -52,7 +52,7 @@ def adapt(
         second_order: Whether the result is differentiated through the gradients too; else they count as constants.
     """
     values = []
-    with _twice_differentiable() if second_order else nullcontext():
+    with twice_differentiable() if second_order else nullcontext():
         for loss in losses:
             at = params if second_order else detached(params)
             gradient, value = grad_and_value(loss)(at)
@@ -105,8 +105,3 @@ def episode_features(
 def detached(params: Params) -> Params:
     """Returns the parameters as constants."""
     return {name: tensor.detach() for name, tensor in params.items()}
-
-
-def _twice_differentiable() -> AbstractContextManager[None]:
-    """The fused kernels of attention have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)

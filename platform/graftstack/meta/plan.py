@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graftstack.meta.crew import Crew
+from graftstack.meta.episodes import training_shape
 from graftstack.meta.evaluation import Evaluation
 from graftstack.meta.job import table_shapes
 from graftstack.meta.model import MetaModel
-from graftstack.meta.runner import training_shape
 from graftstack.meta.steps import blocks_of, gradient_of_step
 from graftstack.meta.task import MetaTask
 

@@ -17,7 +17,7 @@ from graftstack.errors import TrainingError
 from graftstack.finetune.inference import inference_batch_size
 from graftstack.meta.classes import ClassSplit
 from graftstack.meta.episode_images import EpisodeBatch, EpisodeImages
-from graftstack.meta.episodes import EpisodeSampler, EpisodeShape
+from graftstack.meta.episodes import EpisodeSampler, EpisodeShape, training_shape
 from graftstack.meta.gradients import (
     Embedded,
     EpisodeGradients,
@@ -214,11 +214,3 @@ class EpisodeRunner:
                     f"optimizer.lr={self.config.optimizer.lr:g}: the loss of episode {episode} is {value}; lower it, or "
                     "set clip_grad_norm"
                 )
-
-
-def training_shape(config: MetaConfig) -> EpisodeShape:
-    """Returns the shape of training episodes."""
-    train = config.train
-    return EpisodeShape(
-        train.num_ways or config.num_ways, train.num_shots or config.num_shots, train.num_queries or config.num_queries
-    )

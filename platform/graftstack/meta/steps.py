@@ -9,8 +9,9 @@ import torch
 
 from graftstack.config.meta import MetaConfig
 from graftstack.meta.crew import Crew
+from graftstack.meta.episodes import training_shape
 from graftstack.meta.model import Floats, MetaModel, MetaState
-from graftstack.meta.runner import Block, BlockFeatures, BlockGradient, training_shape
+from graftstack.meta.runner import Block, BlockFeatures, BlockGradient
 
 # A step has no more blocks than these, and so feeds no more workers: each block sends one gradient.
 _MOST_BLOCKS = 32

@@ -1,9 +1,13 @@
 """Triplet loss: an image lies nearer to one of its class than to a stranger, by a margin.
 
-Schroff, Kalenichenko & Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3, on
-the distances d between features at unit length:
+Schroff, Kalenichenko & Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3. With
+d the distances between features at unit length, the loss is the mean of those that aren't zero of
 
-    mean of max(0, d(a, p) - d(a, n) + margin)    over triplets of anchor a, relative p and stranger n
+    max(0, d(a, p) - d(a, n) + margin)
+
+with one triplet for each image a of the step: p is the furthest of its class, and n the nearest stranger further off
+than p (semi-hard, section 3.2). The nearest of all strangers, as in Hermans et al. 2017, lets all features fall together,
+where the loss rests at the margin; and all triplets at once would take memory with the cube of their number.
 """
 
 import torch.nn.functional as F
@@ -28,7 +32,8 @@ class Triplet:
     def __init__(self, network: Network, *, margin: float) -> None:
         self._network = network
         self._loss = metric_learning("losses", MethodName.triplet).TripletMarginLoss(margin=margin)
-        self._miner = metric_learning("miners", MethodName.triplet).BatchHardMiner()
+        miners = metric_learning("miners", MethodName.triplet)
+        self._miner = miners.BatchEasyHardMiner(pos_strategy="hard", neg_strategy="semihard")
 
     def meta_parameters(self) -> Params:
         """The network's."""
