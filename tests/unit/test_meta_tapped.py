@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from graftstack.backbones.backbone import Backbone
+from graftstack.cli import main
 from graftstack.config.compose import compose_job
 from graftstack.config.meta import MetaConfig
+from graftstack.config.schema import FinetuneConfig
 from graftstack.finetune.tapping import make_shards, tap_spec
 from graftstack.finetune.task import Workbench
 from graftstack.meta.crew import InlineCrew
@@ -116,9 +118,7 @@ def test_each_image_goes_through_the_backbone_once_and_then_never_again(common: 
         assert details(features) == {"backbone_forwards": 0, "unique_images": NUM_DIGITS}
 
 
-def test_other_weights_or_images_are_never_mistaken_for_known_ones(
-    common: list[str], tmp_path: Path
-) -> None:
+def test_other_weights_or_images_are_never_mistaken_for_known_ones(common: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     one = measuring([*common, "data.classes=[0,1,2,3,4,5]"])
@@ -150,8 +150,16 @@ def test_classes_that_are_held_out_by_name_are_all_that_is_kept(common: list[str
 
 
 def test_what_a_sweep_has_stored_is_read(common: list[str], weights: str, tmp_path: Path) -> None:
-    head_only = ["data=digits", "data.image_size=16", "backbone=conv4", f"backbone.weights={weights}", "freeze_depth=all"]
-    task = Workbench().task(compose_job("finetune", [*head_only, "cluster=inline"]))  # type: ignore[arg-type]
+    head_only = [
+        "data=digits",
+        "data.image_size=16",
+        "backbone=conv4",
+        f"backbone.weights={weights}",
+        "freeze_depth=all",
+    ]
+    config = compose_job("finetune", [*head_only, "cluster=inline"])
+    assert isinstance(config, FinetuneConfig)
+    task = Workbench().task(config)
     spec = tap_spec(task, 5, dtype="fp32")
     store = TapStore(str(tmp_path / "taps"), budget_bytes=2**30)
     make_shards(task, store, [spec], {shard: [0] for shard in range(spec.num_shards)}, device=torch.device("cpu"))
@@ -236,3 +244,16 @@ def test_a_pass_that_was_cut_short_goes_on_where_it_was(common: list[str]) -> No
         pass
     with tapped_features(one.task, one.state, one.crew) as features:
         assert details(features) == {"backbone_forwards": NUM_DIGITS - 4 * 256, "unique_images": NUM_DIGITS}
+
+
+def test_an_evaluation_of_the_run_reads_the_tap_too(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["meta", *common, f"runs_dir={tmp_path}/runs", "name=known"]) == 0
+    assert main(["evaluate", f"{tmp_path}/runs/known", "--json"]) == 0
+    capsys.readouterr()
+    for words in ([], ["--split", "train"], ["digits"]):
+        with counted() as forwards:
+            assert main(["evaluate", f"{tmp_path}/runs/known", *words, "--json"]) == 0
+        assert forwards == []
+    assert len(list((tmp_path / "taps").iterdir())) == 1

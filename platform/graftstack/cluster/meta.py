@@ -1,7 +1,7 @@
 """Launching `meta`: check everything, open the run, train and measure wherever it is to run."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +16,12 @@ from graftstack.runs import Run
 if TYPE_CHECKING:
     from graftstack.data.images import Images
     from graftstack.meta.crew import Crew
+    from graftstack.meta.job import Listener
     from graftstack.meta.model import MetaModel
     from graftstack.meta.plan import MetaPlan
     from graftstack.meta.runner import RunnerSettings
+    from graftstack.meta.tapped import TappedFeatures
+    from graftstack.meta.tapped import TappedFeatures
     from graftstack.meta.task import MetaTask
     from graftstack.meta.training import MetaProgress
 
@@ -34,8 +37,16 @@ class MetaDisplay(Display, Protocol):
         """Where the training stands."""
         ...
 
+    def tapping(self, done: int, total: int) -> None:
+        """Shards of the tap made, of all."""
+        ...
+
     def evaluating(self, done: int, total: int) -> None:
         """Held-out episodes scored, of all."""
+        ...
+
+    def tapping(self, done: int, total: int) -> None:
+        """Shards of features made, of all."""
         ...
 
     def say(self, text: str) -> None:
@@ -62,19 +73,32 @@ def launch_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDi
     from graftstack.meta.task import prepare_meta
 
     task = prepare_meta(checked.config, progress=display.reading)
+    model = _model(task)
     with _crew(task, verbose=verbose) as crew, open_run(checked) as run:
         listener = Listener(display.episodes, display.evaluating, _Waiting(crew, display))
-        with beating(run):
-            outcome = MetaJob(task, _model(task), crew, run.folder, listener=listener).run()
+        with beating(run), _known_features(task, model, crew, listener, display) as features:
+            outcome = MetaJob(task, model, crew, run.folder, features_of=features, listener=listener).run()
         run.folder.sweep()
         run.update(
             status="done",
             metrics=outcome.metrics,
             artifacts=outcome.artifacts,
-            details=outcome.details,
+            details=outcome.details | (features.details if features else {}),
             results=outcome.results,
         )
     return run
+
+
+def _known_features(
+    task: "MetaTask", model: "MetaModel", crew: "Crew", listener: "Listener", display: MetaDisplay
+) -> "AbstractContextManager[TappedFeatures | None]":
+    """Opens the tap of a backbone that nobody trains; None where there is none to read."""
+    if task.config.num_episodes:
+        return nullcontext()
+    from graftstack.meta.tapped import tapped_features
+
+    state = model.initial(task.backbone)
+    return tapped_features(task, state, crew, tell=display.tapping, say=display.say, poll=listener.poll)
 
 
 def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisplay) -> "MetaPlan":
@@ -85,6 +109,18 @@ def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisp
     checked = check("meta", config, overrides)
     task = prepare_meta(checked.config, progress=display.reading)
     return plan_of(task, _model(task), _crew_of_one(task))
+
+
+def _features(
+    task: "MetaTask", model: "MetaModel", crew: "Crew", display: MetaDisplay, poll: Callable[[int], None]
+) -> "AbstractContextManager[TappedFeatures | None]":
+    """Opens the features of a backbone that nothing trains, for a block; None: the crew embeds what is asked for."""
+    if task.config.num_episodes:
+        return nullcontext()
+    from graftstack.meta.tapped import tapped_features
+
+    state = model.initial(task.backbone)
+    return tapped_features(task, state, crew, tell=display.tapping, say=display.say, poll=poll)
 
 
 class _Waiting:
@@ -115,7 +151,7 @@ def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
 
         resources = cluster_resources()
         check_resources(cluster, resources)
-        num_threads = _num_threads(task.config, cpus_per_worker(cluster, resources))
+        num_threads = task.config.num_threads(cpus_per_worker(cluster, resources))
         check_nodes(cluster, num_threads)
         crew = RayCrew(
             partial(EpisodeRunner, _settings(task, _shared_images(task))),
@@ -139,17 +175,8 @@ def _crew_of_one(task: "MetaTask") -> "Crew":
     from graftstack.meta.crew import InlineCrew
     from graftstack.meta.runner import EpisodeRunner
 
-    torch.set_num_threads(_num_threads(task.config, usable_cpus()))
+    torch.set_num_threads(task.config.num_threads(usable_cpus()))
     return InlineCrew(EpisodeRunner(_settings(task, task.data.images)))
-
-
-def _num_threads(config: MetaConfig, share: int) -> int:
-    """Returns the threads of each worker.
-
-    Sums of torch depend on them in their last bits. So that these are the same on any number of workers, each has one
-    where a step can be shared out, and all CPUs are used by as many workers.
-    """
-    return config.cluster.cpus_per_worker or (share if config.episodes_per_step == 1 else 1)
 
 
 def _settings(task: "MetaTask", images: "Images") -> "RunnerSettings":

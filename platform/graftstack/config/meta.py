@@ -228,6 +228,14 @@ class MetaConfig(JobConfig):
                 "idle; use as many, or raise episodes_per_step"
             )
 
+    def num_threads(self, share: int) -> int:
+        """Returns the threads of each worker, of which an even share of the CPUs would be `share`.
+
+        Sums of torch depend on them in their last bits. So that these are the same on any number of workers, each has
+        one where a step can be shared out, and as many workers use all CPUs.
+        """
+        return self.cluster.cpus_per_worker or (share if self.episodes_per_step == 1 else 1)
+
     @property
     def num_steps(self) -> int:
         """Steps of the outer loop."""

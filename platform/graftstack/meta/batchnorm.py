@@ -46,7 +46,7 @@ class _BatchStatistics(TorchFunctionMode):
         self._num_rows = num_rows
         self._found = found
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
             func = self._batch_norm
         return func(*args, **(kwargs or {}))
@@ -55,12 +55,12 @@ class _BatchStatistics(TorchFunctionMode):
         self,
         x: Tensor,
         running_mean: Tensor | None,
-        running_var: Tensor | None,  # noqa: ARG002
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,  # noqa: ARG002, FBT001, FBT002 - torch's own signature
-        momentum: float = 0.1,  # noqa: ARG002
-        eps: float = 1e-5,
+        _running_var: Tensor | None,
+        *,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        **_: Any,
     ) -> Tensor:
         """x[N, C, ...] -> x[N, C, ...]."""
         if self._found is not None and running_mean is not None:
@@ -85,6 +85,6 @@ def _normalised_by(rows: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor 
     shift = (mean.detach() - mean) * scale
     if bias is not None:
         shift = shift + bias
-    # With running statistics BatchNorm is a scale and a shift for each channel, in one pass over x; it gives no gradient
-    # by those statistics.
+    # With running statistics BatchNorm is a scale and a shift of each channel in one pass over x. It has no gradient by
+    # those statistics.
     return F.batch_norm(x, mean.detach(), torch.ones_like(mean), scale, shift, eps=0.0)

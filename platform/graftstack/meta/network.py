@@ -29,17 +29,17 @@ class Network:
         backbone.freeze(0)
         self._backbone = backbone.eval()
         self._head = None if head_size is None else nn.Linear(backbone.feature_dim, head_size)
-        self._layers = {
-            f"backbone.{name}": module
-            for name, module in backbone.model.named_modules()
-            if isinstance(module, _BatchNorm)
-        }
+        layers = {name: each for name, each in backbone.model.named_modules() if isinstance(each, _BatchNorm)}
+        self._momenta: dict[str, float] = {}
+        for name, each in layers.items():
+            assert each.momentum is not None, f"{backbone.name}: {name} counts its batches, of which no one keeps count"
+            self._momenta[f"backbone.{name}"] = each.momentum
         self.feature_dim = backbone.feature_dim
 
     @property
     def has_batchnorm(self) -> bool:
         """Whether an image's features can depend on the other images of its batch."""
-        return bool(self._layers)
+        return bool(self._momenta)
 
     def parameters(self) -> Params:
         """Returns copies of the parameters; the backbone's own head has no part in them."""
@@ -80,24 +80,21 @@ class Network:
         Buffers that are no running averages are returned as they are.
         """
         moments = dict(statistics)
-        for layer in self._layers:
-            mean = statistics.get(f"{layer}.running_mean")
-            if id(mean) in found:
-                moments |= {
-                    f"{layer}.running_mean": found[id(mean)].mean,
-                    f"{layer}.running_var": found[id(mean)].variance,
-                }
+        for layer in self._momenta:
+            mean, variance = f"{layer}.running_mean", f"{layer}.running_var"
+            own = found.get(id(statistics.get(mean)))
+            if own is not None:
+                moments |= {mean: own.mean, variance: own.variance}
         return moments
 
     def updated(self, statistics: Params, moments: Params) -> Params:
-        """Returns the running averages after one more batch, as BatchNorm's own rule has it."""
-        momenta = {
-            f"{layer}.running_{of}": module.momentum for layer, module in self._layers.items() for of in ("mean", "var")
-        }
-        return {
-            name: (1 - momenta[name]) * tensor + momenta[name] * moments[name] if name in momenta else tensor
-            for name, tensor in statistics.items()
-        }
+        """Returns the running averages after one more batch, by BatchNorm's own rule."""
+        updated = dict(statistics)
+        for layer, momentum in self._momenta.items():
+            for name in (f"{layer}.running_mean", f"{layer}.running_var"):
+                if name in statistics:
+                    updated[name] = (1 - momentum) * statistics[name] + momentum * moments[name]
+        return updated
 
 
 def _of_model(tensors: Params) -> Params:

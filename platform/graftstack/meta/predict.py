@@ -1,6 +1,7 @@
 """Predicting and evaluating with the method of a finished run: it learns new classes from a few images of each."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from graftstack.backbones.backbone import Backbone
 from graftstack.backbones.registry import build
 from graftstack.config.meta import BatchNormMode, MetaConfig
 from graftstack.config.schema import DataConfig, Precision
+from graftstack.data.labels import UNKNOWN
 from graftstack.data.load import ImageData, images_of
 from graftstack.data.table import SourceTable, read_table
 from graftstack.errors import BadInputError, DataError, TrainingError, some_of
@@ -30,7 +32,7 @@ from graftstack.meta.crew import InlineCrew
 from graftstack.meta.episode_images import EpisodeBatch, EpisodeImages
 from graftstack.meta.evaluation import Evaluation, Measured
 from graftstack.meta.job import table_shapes
-from graftstack.meta.methods import inner_settings
+from graftstack.meta.methods import Prediction, inner_settings
 from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 from graftstack.meta.tapped import TappedFeatures, tapped_features
 from graftstack.meta.task import MetaTask
@@ -38,8 +40,6 @@ from graftstack.runs import Run
 from graftstack.storage import Folder
 
 Reading = Callable[[int, int], None]
-
-_Positions = npt.NDArray[np.int64]
 
 
 def predict_meta(run: Run, data: DataConfig, support: DataConfig, *, progress: Reading | None = None) -> pa.Table:
@@ -60,14 +60,15 @@ def predict_meta(run: Run, data: DataConfig, support: DataConfig, *, progress: R
         TrainingError: the inner loop diverged; names the step.
     """
     learner = load_meta(Folder(run.artifact("model")))
+    data, support = replace(data, classes=[]), replace(support, classes=[])  # all that there are
     known = _support_table(support, learner.model.config)
-    asked = read_table(replace(data, classes=[]), class_names=known.class_names, require_labels=False)
+    asked = read_table(data, class_names=known.class_names, require_labels=False)
     _check_company(learner, len(asked))
     size = learner.card.image_size
     shown = images_of(known, support, image_size=size, progress=progress)
     queries = images_of(asked, data, image_size=size, progress=progress)
     _check_all_shown(shown)
-    _check_company(learner, len(queries))
+    _check_company(learner, len(queries))  # some may have been skipped
     with torch.no_grad():
         logits = _logits(learner, shown, queries)
     return prediction_table(logits, queries, np.arange(len(queries)))
@@ -100,12 +101,12 @@ def evaluate_meta(
     config = replace(config, data=data_of_run(run) if data is None else replace(data, classes=[]))
     images = images_of(read_table(config.data), config.data, image_size=learner.card.image_size, progress=progress)
     if data is None:
-        split = _own_classes(learner, images, config)
+        split, of = _own_classes(learner, images, config), f"--split {part}"
     else:
-        split, part = _all_test(learner, images, config), "test"
+        split, part, of = _all_test(learner, images, config), "test", f"data={config.data.source.value}"
     classes: Classes = getattr(split, part)
-    _check_enough(classes, config, part)
-    torch.set_num_threads(_num_threads(config))
+    _check_enough(classes, config, of=of)
+    torch.set_num_threads(config.num_threads(usable_cpus()))
     task = MetaTask(
         config=config,
         data=images,
@@ -133,7 +134,7 @@ def evaluate_meta(
 
 def _support_table(support: DataConfig, config: MetaConfig) -> SourceTable:
     try:
-        source = read_table(replace(support, classes=[]))
+        source = read_table(support)
     except DataError as error:
         raise DataError(f"--support: {error}") from error
     names = source.class_names
@@ -159,111 +160,110 @@ def _check_all_shown(shown: ImageData) -> None:
 
 
 def _check_company(learner: LoadedMeta, num_queries: int) -> None:
-    is_transductive = learner.model.config.eval.batchnorm is BatchNormMode.transductive
-    if is_transductive and learner.model.network.has_batchnorm and num_queries == 1:
+    if _is_transductive(learner) and learner.model.network.has_batchnorm and num_queries == 1:
         raise BadInputError(
             "eval.batchnorm=transductive: BatchNorm normalises queries together, and there is a single one; predict "
             "several at once, or use a run with eval.batchnorm=inductive"
         )
 
 
-class _Shown(NamedTuple):
-    """The support set."""
-
-    images: EpisodeImages
-    rows: _Positions
-    labels: Tensor
-    """``int64 [N]``"""
-    num_ways: int
-
-
 def _logits(learner: LoadedMeta, shown: ImageData, queries: ImageData) -> Tensor:
     """Returns the logits of all queries, fp32 [Q, classes of the support set]."""
-    rows = _first_of_each_class_first(shown.labels)
-    support = _Shown(
-        _images(learner, shown), rows, torch.from_numpy(shown.labels[rows]), num_ways=len(shown.class_names)
+    rows = _in_turn(shown.labels)
+    labels = torch.from_numpy(shown.labels[rows])
+    known = _Rows(EpisodeImages(shown.images, learner.card.preprocessing, learner.model.device), rows)
+    asked = _Rows(
+        EpisodeImages(queries.images, learner.card.preprocessing, learner.model.device), np.arange(len(queries))
     )
-    images = _images(learner, queries)
     if learner.model.config.method.adapts:
-        return _after_adaptation(learner, support, images, len(queries))
-    if learner.model.config.eval.batchnorm is BatchNormMode.transductive:
-        together = torch.cat([_items(support.images, rows), _items(images, np.arange(len(queries)))])
+        return _after_adaptation(learner, known, labels, asked)
+    if _is_transductive(learner):
         with batch_statistics():
-            known, new = _features(learner, together).split([len(rows), len(queries)])
+            together = _features(learner, torch.cat([known.items(), asked.items()]))
+        support, new = together.split([len(rows), len(queries)])
     else:
-        known = torch.cat([_features(learner, _items(support.images, some)) for some in _batches(learner, rows)])
-        every = np.arange(len(queries))
-        new = torch.cat([_features(learner, _items(images, some)) for some in _batches(learner, every)])
-    return learner.model.embedding.classify(known, support.labels, new, support.num_ways)
+        size = inference_batch_size(learner.card.image_size)
+        support, new = (
+            torch.cat([_features(learner, some.items()) for some in part.batches(size)]) for part in (known, asked)
+        )
+    return learner.model.embedding.classify(support, labels, new, len(shown.class_names))
 
 
-def _after_adaptation(learner: LoadedMeta, support: _Shown, queries: EpisodeImages, num_queries: int) -> Tensor:
-    """Transductive queries are one batch; inductive ones come in several, before each of which the network adapts."""
-    config = learner.model.config
-    every = np.arange(num_queries)
-    num = len(support.rows)
-    if config.eval.batchnorm is BatchNormMode.transductive:
-        batches = [every]
-    else:
-        batches = _batches(learner, every, at_least=num)  # so that adaptation isn't most of the work
-    shown = _items(support.images, support.rows)
-    pieces = []
-    for some in batches:
-        # Classes may differ in their numbers of shots. Reptile takes its minibatches as if all images were of one:
-        # in their order, which has the first image of each class first, as in an episode.
+def _after_adaptation(learner: LoadedMeta, known: "_Rows", labels: Tensor, asked: "_Rows") -> Tensor:
+    """The network adapts to the support images `known` before each batch of queries; transductive ones are all in one.
+
+    Adaptation depends on the support set alone, and so is the same each time; batches are no smaller than that, lest it
+    be most of the work.
+    """
+    num = len(known.rows)
+    size = len(asked.rows) if _is_transductive(learner) else max(num, inference_batch_size(learner.card.image_size))
+    support = known.items()
+    logits = []
+    for some in asked.batches(size):
+        # Classes may differ in their numbers of shots. All images count as of one, in whose order reptile takes its
+        # minibatches: the first image of each class, then the second, as in an episode.
         batch = EpisodeBatch(
-            support=shown,
-            support_labels=support.labels,
-            queries=_items(queries, some),
-            query_labels=torch.full((len(some),), -1),
-            classes=torch.arange(support.num_ways),
+            support=support,
+            support_labels=labels,
+            queries=some.items(),
+            query_labels=torch.full((len(some.rows),), UNKNOWN),
+            classes=torch.arange(learner.model.config.num_ways),
             num_ways=1,
             num_shots=num,
         )
-        with _arithmetic(config):
+        with _arithmetic(learner):
             prediction = learner.model.adapting.query_logits(learner.params, learner.statistics, batch)
-        _check_converged(prediction.inner_losses, config)
-        pieces.append(prediction.logits.float())
-    return torch.cat(pieces)
+        _check_converged(prediction, learner.model.config)
+        logits.append(prediction.logits.float())
+    return torch.cat(logits)
 
 
-def _check_converged(losses: Tensor, config: MetaConfig) -> None:
-    lost = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
-    if lost:
-        raise TrainingError(
-            f"inner_lr={inner_settings(config).lr:g}: the inner loop diverged at its step {lost[0] + 1} on this support "
-            f"set (loss {losses[lost[0]]:g}); use a run with a lower one"
-        )
+def _check_converged(prediction: Prediction, config: MetaConfig) -> None:
+    """What the last step leads to shows in the logits alone."""
+    losses = prediction.inner_losses.tolist()
+    for step, value in enumerate([*losses, float(prediction.logits.sum())], start=1):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"inner_lr={inner_settings(config).lr:g}: the inner loop diverged at its step {min(step, len(losses))} "
+                "on this support set; use a run with a lower one"
+            )
 
 
-def _features(learner: LoadedMeta, images: Tensor) -> Tensor:
-    with _arithmetic(learner.model.config):
-        return learner.model.network.features(learner.params, learner.statistics, images).float()
+class _Rows(NamedTuple):
+    """Some images, in an order."""
+
+    images: EpisodeImages
+    rows: npt.NDArray[np.int64]
+
+    def items(self) -> Tensor:
+        """Returns them as the network takes them, [N, 3, S, S]."""
+        return self.images.items(self.rows, np.zeros_like(self.rows))
+
+    def batches(self, size: int) -> "Iterator[_Rows]":
+        """Returns up to `size` of them at a time."""
+        return (self._replace(rows=self.rows[start : start + size]) for start in range(0, len(self.rows), size))
 
 
-def _batches(learner: LoadedMeta, rows: _Positions, *, at_least: int = 1) -> list[_Positions]:
-    size = max(inference_batch_size(learner.card.image_size), at_least)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _images(learner: LoadedMeta, data: ImageData) -> EpisodeImages:
-    return EpisodeImages(data.images, learner.card.preprocessing, learner.model.device)
-
-
-def _items(images: EpisodeImages, rows: _Positions) -> Tensor:
-    return images.items(rows, np.zeros_like(rows))
-
-
-def _arithmetic(config: MetaConfig) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision is Precision.bf16)
-
-
-def _first_of_each_class_first(labels: _Positions) -> _Positions:
+def _in_turn(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Returns all rows: the first of each class, then the second of each, and so on."""
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
     places = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return by_class[np.argsort(places, kind="stable")]
+
+
+def _features(learner: LoadedMeta, images: Tensor) -> Tensor:
+    with _arithmetic(learner):
+        return learner.model.network.features(learner.params, learner.statistics, images).float()
+
+
+def _arithmetic(learner: LoadedMeta) -> torch.autocast:
+    is_bf16 = learner.model.config.precision is Precision.bf16
+    return torch.autocast(learner.model.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+
+def _is_transductive(learner: LoadedMeta) -> bool:
+    return learner.model.config.eval.batchnorm is BatchNormMode.transductive
 
 
 def _own_classes(learner: LoadedMeta, images: ImageData, config: MetaConfig) -> ClassSplit:
@@ -289,25 +289,19 @@ def _without_images(names: tuple[str, ...]) -> Classes:
     return Classes(names=names, rows=none[:, None][:, :0], counts=none, turns=none, labels=none - 1)
 
 
-def _check_enough(classes: Classes, config: MetaConfig, part: str) -> None:
-    ways, needed = max(config.eval_ways), max(config.eval_shots) + config.num_queries
+def _check_enough(classes: Classes, config: MetaConfig, *, of: str) -> None:
+    ways, num_shots = max(config.eval_ways), max(config.eval_shots)
     if len(classes) < ways:
         raise DataError(
-            f"num_ways={ways}: an episode takes more classes than the {len(classes)} there are for --split {part}; use "
-            "another part, or data with more classes"
+            f"num_ways={ways}: an episode takes more classes than the {len(classes)} of {of}; measure on others"
         )
-    few = np.flatnonzero(classes.counts < needed)
-    if len(few):
+    needed = num_shots + config.num_queries
+    few = [f"{classes.names[index]} ({classes.counts[index]})" for index in np.flatnonzero(classes.counts < needed)]
+    if few:
         raise DataError(
-            f"num_shots={max(config.eval_shots)}, num_queries={config.num_queries}: an episode takes {needed} images of "
-            f"each class, but there are fewer of {some_of([f'{classes.names[i]} ({classes.counts[i]})' for i in few])}; "
-            "use data with more images"
+            f"num_shots={num_shots}, num_queries={config.num_queries}: an episode takes {needed} images of each class, "
+            f"but of {of} there are fewer of {some_of(few)}; measure on others"
         )
-
-
-def _num_threads(config: MetaConfig) -> int:
-    """Returns the threads that the run had in one process; gradients depend on them in their last bits."""
-    return config.cluster.cpus_per_worker or (usable_cpus() if config.episodes_per_step == 1 else 1)
 
 
 def _backbone(learner: LoadedMeta) -> Backbone:

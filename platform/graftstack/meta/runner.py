@@ -201,16 +201,17 @@ class EpisodeRunner:
         return block.start // self.config.episodes_per_step
 
     def _check_finite(self, found: EpisodeGradients, block: Block) -> None:
-        for episode, losses in enumerate(found.inner_losses, start=block.start):
-            for step, loss in enumerate(losses.tolist(), start=1):
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"inner_lr={inner_settings(self.config).lr:g}: the inner loop of episode {episode} diverged at its step "
-                        f"{step} (loss {loss}); lower it"
-                    )
-        for episode, value in enumerate(map(float, found.losses), start=block.start):
-            if not math.isfinite(value):
+        inner = found.inner_losses or [torch.empty(0)] * len(found.losses)
+        for episode, (before, after) in enumerate(zip(inner, found.losses, strict=True), start=block.start):
+            losses = [*before.tolist(), float(after)]
+            num_steps = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            if num_steps:
                 raise TrainingError(
-                    f"optimizer.lr={self.config.optimizer.lr:g}: the loss of episode {episode} is {value}; lower it, or "
-                    "set clip_grad_norm"
+                    f"inner_lr={inner_settings(self.config).lr:g}: the inner loop of episode {episode} diverged at its "
+                    f"step {num_steps} (loss {losses[num_steps]}); lower it"
+                )
+            if num_steps == 0:
+                raise TrainingError(
+                    f"optimizer.lr={self.config.optimizer.lr:g}: the loss of episode {episode} is {losses[0]}; lower "
+                    "it, or set clip_grad_norm"
                 )

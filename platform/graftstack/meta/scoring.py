@@ -27,7 +27,8 @@ def score(model: MetaModel, params: Params, statistics: Params, batch: EpisodeBa
     """Returns the score of an episode by itself: after adaptation, or in features normalised with its own moments."""
     if model.config.method.adapts:
         prediction = model.adapting.query_logits(params, statistics, batch)
-        is_diverged = not bool(torch.isfinite(prediction.inner_losses).all())
+        # What the last step breaks shows in the logits alone.
+        is_diverged = not all(bool(torch.isfinite(numbers).all()) for numbers in prediction)
         return Score(_accuracy(prediction.logits, batch.query_labels), is_diverged=is_diverged)
     with torch.no_grad(), batch_statistics():
         features = model.network.features(params, statistics, torch.cat([batch.support, batch.queries])).float()

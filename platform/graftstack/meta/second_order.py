@@ -18,7 +18,7 @@ def twice_differentiable() -> Generator[None]:
 
 
 class _PlainOperations(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:
             func = _hardsigmoid
         return func(*args, **(kwargs or {}))

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from graftstack.config.meta import MetaConfig
+from graftstack.errors import TrainingError
 from graftstack.meta.crew import Crew
 from graftstack.meta.episodes import training_shape
+from graftstack.meta.methods import inner_settings
 from graftstack.meta.model import Floats, MetaModel, MetaState
 from graftstack.meta.runner import Block, BlockFeatures, BlockGradient
 
@@ -51,11 +53,22 @@ def gradient_of_step(
         poll: As `Crew.call` has it.
 
     Raises:
-        TrainingError: an inner loop diverged, or a loss isn't finite.
+        TrainingError: an inner loop diverged, or a loss or a gradient isn't finite.
     """
-    blocks = blocks_of(step, model.config)
-    if model.config.is_joint:
-        return _joint(blocks, state, model, crew, poll)
+    blocks, config = blocks_of(step, model.config), model.config
+    found = (_joint if config.is_joint else _separate)(blocks, state, model, crew, poll)
+    if not np.isfinite(found.gradient).all():
+        rates = f"optimizer.lr={config.optimizer.lr:g}"
+        if config.method.adapts:
+            rates = f"inner_lr={inner_settings(config).lr:g}, {rates}"
+        raise TrainingError(f"{rates}: the meta-gradient of {_episodes(blocks)} isn't finite; lower the learning rate")
+    return found
+
+
+def _separate(
+    blocks: list[Block], state: MetaState, model: MetaModel, crew: Crew, poll: Callable[[int], None]
+) -> StepGradient:
+    """Each episode has a loss of its own."""
     parts: list[BlockGradient] = crew.call("gradient", [[block] for block in blocks], shared=[state], poll=poll)
     return StepGradient(
         _sum([part.gradient for part in parts]) / np.float32(model.config.episodes_per_step),
@@ -73,16 +86,27 @@ def _joint(
     features = torch.from_numpy(np.concatenate([part.features for part in embedded])).requires_grad_()
     classes = torch.from_numpy(np.concatenate([part.classes for part in embedded]))
     found = model.embedding.loss(model.parameters(state), features, classes, training_shape(model.config))
+    if not torch.isfinite(found.loss):
+        raise TrainingError(
+            f"optimizer.lr={model.config.optimizer.lr:g}: the loss of {_episodes(blocks)} is "
+            f"{float(found.loss.detach())}; lower it, or set clip_grad_norm"
+        )
     (slopes,) = torch.autograd.grad(found.loss, features)
     pieces = slopes.split([len(part.features) for part in embedded])
     args_list = [[block, piece.numpy()] for block, piece in zip(blocks, pieces, strict=True)]
     gradients: list[Floats] = crew.call("pull_back", args_list, shared=[state], poll=poll)
     return StepGradient(
         _sum(gradients),
-        [float(found.loss)],
+        [float(found.loss.detach())],
         [float(found.num_correct / found.num_counted)],
         [moments for part in embedded for moments in part.moments],
     )
+
+
+def _episodes(blocks: Sequence[Block]) -> str:
+    """Returns the episodes of a step, for people."""
+    first, last = blocks[0].start, blocks[-1].stop - 1
+    return f"episode {first}" if first == last else f"episodes {first} to {last}"
 
 
 def _sum(vectors: Sequence[Floats]) -> Floats:

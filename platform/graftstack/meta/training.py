@@ -36,16 +36,24 @@ _TELL_EVERY_S = 0.5
 _NUM_VALIDATIONS = 10
 
 
+class Pace(NamedTuple):
+    """How a few episodes went."""
+
+    loss: float
+    """Mean over them."""
+    accuracy: float
+    """Of their queries, likewise."""
+    episodes_per_s: float
+    """While training; validation doesn't count."""
+
+
 class MetaProgress(NamedTuple):
     """Where a meta-training stands, for people."""
 
     episode: int
     num_episodes: int
-    loss: float
-    """Mean over the episodes since the last report."""
-    accuracy: float
-    """Of their queries, likewise."""
-    episodes_per_s: float
+    pace: Pace | None
+    """Of the last episodes; None: this session has trained none yet."""
     history: tuple[dict[str, Any], ...]
 
 
@@ -114,10 +122,11 @@ class MetaTraining:
         self.best = CheckpointStore(checkpoints / "best", num_to_keep=2)
         self.position = Position()
         self._saved_at = time.monotonic()
-        self._told_at = time.perf_counter()
+        self._pace: Pace | None = None
+        self._timed_at = time.perf_counter()
         self._losses: list[float] = []
         self._accuracies: list[float] = []
-        self._num_since_told = 0
+        self._num_timed = 0
 
     @property
     def state(self) -> MetaState:
@@ -134,6 +143,7 @@ class MetaTraining:
         self._resume()
         if not self.position.history and self.validate is not None:
             self._validate()
+        self._timed_at = time.perf_counter()
         for step in range(self.position.step, self.config.num_steps):
             try:
                 found = gradient_of_step(step, self.state, self.model, self.crew, poll=self.poll)
@@ -166,26 +176,24 @@ class MetaTraining:
         )
         self._losses += found.losses
         self._accuracies += found.accuracies
-        self._num_since_told += self.config.episodes_per_step
-        self._tell()
+        self._num_timed += self.config.episodes_per_step
+        if time.perf_counter() - self._timed_at >= _TELL_EVERY_S:
+            self._take_pace()
+            self._tell()
 
-    def _tell(self, *, is_due: bool = False) -> None:
+    def _take_pace(self) -> None:
+        """Sums up the episodes since the last time."""
         now = time.perf_counter()
-        elapsed = now - self._told_at
-        if not (is_due or (elapsed >= _TELL_EVERY_S and self._losses)):
-            return
-        losses, accuracies = self._losses or [math.nan], self._accuracies or [math.nan]
-        self.on_progress(
-            MetaProgress(
-                episode=self.position.step * self.config.episodes_per_step,
-                num_episodes=self.config.num_episodes,
-                loss=sum(losses) / len(losses),
-                accuracy=sum(accuracies) / len(accuracies),
-                episodes_per_s=self._num_since_told / elapsed,
-                history=self.position.history,
-            )
+        self._pace = Pace(
+            loss=sum(self._losses) / len(self._losses),
+            accuracy=sum(self._accuracies) / len(self._accuracies),
+            episodes_per_s=self._num_timed / (now - self._timed_at),
         )
-        self._losses, self._accuracies, self._num_since_told, self._told_at = [], [], 0, now
+        self._losses, self._accuracies, self._num_timed, self._timed_at = [], [], 0, now
+
+    def _tell(self) -> None:
+        episode = self.position.step * self.config.episodes_per_step
+        self.on_progress(MetaProgress(episode, self.config.num_episodes, self._pace, self.position.history))
 
     def _is_validation_due(self) -> bool:
         return self.position.step in self._validation_steps
@@ -200,6 +208,8 @@ class MetaTraining:
 
     def _validate(self) -> None:
         """Adds a row to the learning curve; of what was trained since the last, and of how good the state is now."""
+        if self._losses:
+            self._take_pace()
         position = self.position
         num = position.num_losses
         row: dict[str, Any] = {
@@ -220,9 +230,8 @@ class MetaTraining:
         )
         if is_best and self.config.select is Select.best:
             self.best.save(Checkpoint(position.step, self._tensors(), {}))
-        self._tell(is_due=True)
-        # Validation is no part of the pace of training.
-        self._told_at = time.perf_counter()
+        self._tell()
+        self._timed_at = time.perf_counter()  # validation is no part of the pace
 
     def _selected(self) -> MetaTrained:
         position = self.position

@@ -12,7 +12,7 @@ from graftstack.report.progress import LiveDisplay, PlainDisplay, live_bars
 
 if TYPE_CHECKING:
     from graftstack.cluster.meta import MetaDisplay
-    from graftstack.meta.training import MetaProgress
+    from graftstack.meta.training import MetaProgress, Pace
 
 # Without a terminal, episodes say where they stand at most so often, in shares of the whole.
 _PLAIN_PARTS = 10
@@ -47,13 +47,11 @@ class _PlainMeta:
         """Features that are made come quickly: no line."""
 
     def episodes(self, progress: "MetaProgress") -> None:
-        for row in progress.history[self._num_rows :]:
-            self.say(curve_line(row, progress.num_episodes))
         has_news = len(progress.history) > self._num_rows
-        self._num_rows = len(progress.history)
+        self._say_news(progress)
         part = _PLAIN_PARTS * progress.episode // progress.num_episodes
-        if part != self._part and not has_news and progress.episode < progress.num_episodes:
-            self.say(_pace_line(progress))
+        if part != self._part and not has_news and progress.pace is not None:
+            self.say(f"episode {progress.episode}/{progress.num_episodes}  {pace_text(progress.pace)}")
         self._part = part
 
     def evaluating(self, done: int, total: int) -> None:
@@ -62,6 +60,13 @@ class _PlainMeta:
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _say_news(self, progress: "MetaProgress") -> None:
+        """Prints the rows of the learning curve that are new."""
+        for row in progress.history[self._num_rows :]:
+            is_of_now = row["episode"] == progress.episode
+            self.say(curve_line(row, progress.num_episodes, progress.pace if is_of_now else None))
+        self._num_rows = len(progress.history)
 
 
 class _LiveMeta(_PlainMeta):
@@ -76,10 +81,8 @@ class _LiveMeta(_PlainMeta):
         self._move("features", done, total, "shards")
 
     def episodes(self, progress: "MetaProgress") -> None:
-        for row in progress.history[self._num_rows :]:
-            self.say(curve_line(row, progress.num_episodes))
-        self._num_rows = len(progress.history)
-        note = f"loss {progress.loss:.3f}  accuracy {progress.accuracy:.3f}  {progress.episodes_per_s:.1f} episodes/s"
+        self._say_news(progress)
+        note = "" if progress.pace is None else pace_text(progress.pace)
         self._move("training", progress.episode, progress.num_episodes, note)
 
     def evaluating(self, done: int, total: int) -> None:
@@ -91,18 +94,22 @@ class _LiveMeta(_PlainMeta):
         self._bars.update(self._tasks[what], completed=done, total=total, note=note)
 
 
-def curve_line(row: Mapping[str, Any], num_episodes: int) -> str:
-    """Returns a row of the learning curve as one line."""
+def curve_line(row: Mapping[str, Any], num_episodes: int, pace: "Pace | None") -> str:
+    """Returns a row of the learning curve as one line; `pace`: of the training before it, where that is known."""
     said = [f"episode {row['episode']}/{num_episodes}"]
     if row["train_loss"] is not None:
         said.append(f"train loss {row['train_loss']:.4f}  train accuracy {row['train_accuracy']:.4f}")
     if "accuracy" in row:
         said.append(f"validation accuracy {row['accuracy']:.4f} ± {row['ci95']:.4f}")
+    if pace is not None:
+        said.append(_speed(pace))
     return "  ".join(said)
 
 
-def _pace_line(progress: "MetaProgress") -> str:
-    return (
-        f"episode {progress.episode}/{progress.num_episodes}  loss {progress.loss:.4f}  "
-        f"accuracy {progress.accuracy:.4f}  {progress.episodes_per_s:.1f} episodes/s"
-    )
+def pace_text(pace: "Pace") -> str:
+    """Returns how training goes as a few words."""
+    return f"loss {pace.loss:.4f}  accuracy {pace.accuracy:.4f}  {_speed(pace)}"
+
+
+def _speed(pace: "Pace") -> str:
+    return f"{pace.episodes_per_s:.1f} episodes/s"

@@ -91,7 +91,9 @@ def _evaluate_meta(run: Run, location: str | None, *, part: str | None, as_json:
             "each by itself"
         )
     if location is not None and part not in (None, "all"):
-        raise BadInputError(f"--split {part}: is of the run's own classes, and {location} is measured whole; leave it out")
+        raise BadInputError(
+            f"--split {part}: is of the run's own classes, and {location} is measured whole; leave it out"
+        )
 
     from graftstack.finetune.predict import data_at, data_of_run
     from graftstack.meta.predict import evaluate_meta
@@ -117,7 +119,9 @@ def _check_support(run: Run, reference: str, support: str | None) -> None:
         )
     if support is not None and not _is_meta(run):
         job = run.manifest.job
-        few_shot = f", or learn from it with a meta run (graftstack meta backbone.weights=run:{reference} num_episodes=0)"
+        few_shot = (
+            f", or learn from it with a meta run (graftstack meta backbone.weights=run:{reference} num_episodes=0)"
+        )
         raise BadInputError(
             f"--support {support}: {reference} is a {job} run, which knows its classes; leave it out"
             f"{'' if job in _STACKS else few_shot}"

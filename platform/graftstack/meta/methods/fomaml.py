@@ -1,7 +1,6 @@
 """First-order MAML: the inner loop's gradients count as constants.
 
-Finn, Abbeel & Levine 2017, section 5.2, equation as in Nichol, Achiam & Schulman 2018, "On First-Order Meta-Learning
-Algorithms", section 2:
+Finn, Abbeel & Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", section 5.2:
 
     theta' = theta - alpha grad_theta L_S(f_theta),    meta-gradient = grad_theta' L_Q(f_theta')
 

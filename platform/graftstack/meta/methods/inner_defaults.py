@@ -22,8 +22,8 @@ INNER_DEFAULTS: dict[MethodName, InnerSettings] = {
     MethodName.anil: InnerSettings(0.4, 1, 3),
     MethodName.meta_sgd: InnerSettings(0.4, 1, 1),
     MethodName.reptile: InnerSettings(0.1, 5, 20),
-    # For the classifier that is fitted to the features of a support set; the rate is divided by their mean square norm.
-    MethodName.finetune_baseline: InnerSettings(1.0, 100, 100),
+    # In units that suit the features, in which rates below 4 can't diverge.
+    MethodName.finetune_baseline: InnerSettings(3.0, 100, 100),
 }
 
 

@@ -1,6 +1,7 @@
 """Prototypical networks: a class is the mean of its support features.
 
-Snell, Swersky & Zemel 2017, "Prototypical Networks for Few-shot Learning", equations 1 and 2, squared Euclidean distance:
+Snell, Swersky & Zemel 2017, "Prototypical Networks for Few-shot Learning", equations 1 and 2, with squared Euclidean
+distances:
 
     c_k = mean of f(x) over the support images x of class k,    p(y = k | x) = softmax_k(-|f(x) - c_k|^2)
 

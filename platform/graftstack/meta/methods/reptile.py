@@ -5,9 +5,9 @@ where SGD on the support set leads from theta, and the outer loop's optimiser is
 
     meta-gradient = theta - phi = grad_theta 1/2 |theta - phi|^2,    phi held constant
 
-as section 2 proposes for optimisers such as Adam. The inner loop is plain SGD on minibatches that go through the support
-set one after another, each with as many images of every class as there can be; the paper's experiments take Adam.
-Queries say how good phi is, and teach nothing.
+as the paper proposes for optimisers such as Adam. The inner loop is plain SGD, where the paper's experiments take Adam,
+on minibatches that go through the support set one after another, all classes alike. Queries say how good phi is, and
+teach nothing.
 """
 
 import torch

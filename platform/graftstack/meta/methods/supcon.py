@@ -1,7 +1,7 @@
 """Supervised contrastive learning: images of a class attract each other, and repel all others.
 
-Khosla et al. 2020, "Supervised Contrastive Learning", equation 2. With z the features at unit length, A(i) all images of
-the step but i, P(i) those of them that are of i's class, and tau the temperature, the loss is the mean over i of
+Khosla et al. 2020, "Supervised Contrastive Learning", equation 2. With z the features at unit length, A(i) all images
+of the step but i, P(i) those of them that are of i's class, and tau the temperature, the loss is the mean over i of
 
     -1/|P(i)|  sum_{p in P(i)}  log  exp(z_i.z_p / tau) / sum_{a in A(i)} exp(z_i.z_a / tau)
 
@@ -15,8 +15,8 @@ from graftstack.config.meta import MethodName
 from graftstack.meta.episodes import EpisodeShape
 from graftstack.meta.methods.metric_learning import metric_learning
 from graftstack.meta.methods.nearest_neighbour import neighbours_agree
-from graftstack.meta.methods.prototypes import nearest_prototype
 from graftstack.meta.methods.protocols import EmbeddingLoss
+from graftstack.meta.methods.prototypes import nearest_prototype
 from graftstack.meta.network import Network, Params
 
 

@@ -1,13 +1,13 @@
 """Triplet loss: an image lies nearer to one of its class than to a stranger, by a margin.
 
-Schroff, Kalenichenko & Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3. With
-d the distances between features at unit length, the loss is the mean of those that aren't zero of
+Schroff, Kalenichenko & Philbin 2015, "FaceNet: A Unified Embedding for Face Recognition and Clustering", section 3.
+With d the distances between features at unit length, the loss is the mean, over the triplets where it isn't zero, of
 
     max(0, d(a, p) - d(a, n) + margin)
 
 with one triplet for each image a of the step: p is the furthest of its class, and n the nearest stranger further off
-than p (semi-hard, section 3.2). The nearest of all strangers, as in Hermans et al. 2017, lets all features fall together,
-where the loss rests at the margin; and all triplets at once would take memory with the cube of their number.
+than p (semi-hard, section 3.2). The nearest stranger of all, as in Hermans et al. 2017, lets features fall together,
+where the loss rests at the margin; and to take all triplets needs memory by the cube of the number of images.
 """
 
 import torch.nn.functional as F
@@ -17,8 +17,8 @@ from graftstack.config.meta import MethodName
 from graftstack.meta.episodes import EpisodeShape
 from graftstack.meta.methods.metric_learning import metric_learning
 from graftstack.meta.methods.nearest_neighbour import neighbours_agree
-from graftstack.meta.methods.prototypes import nearest_prototype
 from graftstack.meta.methods.protocols import EmbeddingLoss
+from graftstack.meta.methods.prototypes import nearest_prototype
 from graftstack.meta.network import Network, Params
 
 
