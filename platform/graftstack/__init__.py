@@ -10,6 +10,7 @@ A map of the package, from the ground up; imports point down only, and importing
 - `finetune`: the recipes and the training loop, free of Ray
 - `sweep`: many fine-tunings that share their frozen part, free of Ray
 - `stacking`: base models cross-validated in one task graph, and what learns from their predictions, free of Ray
+- `meta`: networks that learn to learn from a few images of each class, free of Ray
 - `cluster`: Ray, and how each job is launched on it
 - `report`, `doctor`, `demo`, `cli`: what a person sees
 """

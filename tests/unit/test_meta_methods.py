@@ -263,6 +263,23 @@ def test_a_stack_of_episodes_gives_what_they_give_one_by_one(name: MethodName, m
             assert torch.allclose(field[index], value.detach())
 
 
+@modes
+@pytest.mark.parametrize("name", ADAPTING)
+def test_a_stack_of_episodes_can_be_gone_through_in_bf16(name: MethodName, mode: BatchNormMode) -> None:
+    method, params, statistics = learner(smooth().float(), configuration(name, mode, inner_steps=2))
+    batches = [episode(seed=seed, dtype=torch.float32) for seed in range(2)]
+    support, queries = (torch.stack([getattr(batch, part) for batch in batches]) for part in ("support", "queries"))
+
+    def objective(params: Params, support: Tensor, queries: Tensor) -> Tensor:
+        return method.outcome(params, statistics, batches[0]._replace(support=support, queries=queries)).objective
+
+    constants = {key: tensor.detach() for key, tensor in params.items()}
+    wanted = gradients(method.outcome(params, statistics, batches[0]).objective, params)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vmap(grad(objective), in_dims=(None, 0, 0))(constants, support, queries)
+    assert_equal({key: tensor[0] for key, tensor in found.items()}, wanted, tolerance=0.1)
+
+
 # ---- evaluation of methods that adapt -----------------------------------------------------------------------------
 
 

@@ -134,7 +134,7 @@ class EpisodeRunner:
             slopes: The gradient of the loss by the features of the block, [N, D].
         """
         leaves, embedded = self._kept.pop(block) if block in self._kept else self._embedded(state, block)
-        found = pulled_back(leaves, embedded, torch.from_numpy(slopes).to(self.device))
+        found = pulled_back(leaves, embedded, torch.tensor(slopes, device=self.device))
         return self.model.flat_parameters(found)
 
     @torch.no_grad()

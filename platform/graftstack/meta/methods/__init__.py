@@ -1,7 +1,8 @@
-"""The methods of meta-learning: one file and one line here for each; free of Ray.
+"""The methods of meta-learning: one file and one line here for each.
 
 - `protocols`: what a method is; `inner_defaults`: learning rates and steps that suit each
-- metric: `prototypes`, `supcon`, `triplet`, on features alone; `nearest_neighbour` beside them
+- metric: `prototypes`, `supcon`, `triplet`, on features alone; `nearest_neighbour` beside them; `metric_learning`: the
+  library that two of them take their losses from
 - optimisers: `maml`, `fomaml`, `anil`, `reptile`, `meta_sgd`, which adapt the network itself
 - `finetune_baseline`: a classifier over all training classes, and a new one for new classes
 """

@@ -1,0 +1,283 @@
+"""A whole meta-training, as a person starts it: what it says, what it measures and what it leaves."""
+
+import json
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+
+from graftstack.backbones.registry import build
+from graftstack.backbones.weights import load_weights
+from graftstack.cli import main
+from graftstack.config.compose import compose_job
+from graftstack.config.meta import MetaConfig, MethodName
+from graftstack.meta import training
+from graftstack.meta.artifact import load_meta
+from graftstack.meta.episodes import EpisodeSampler, EpisodeShape
+from graftstack.meta.task import prepare_meta
+from graftstack.storage import Folder
+
+SMALL = (
+    *("data=digits", "data.image_size=16", "backbone=conv4", "cluster=inline", "cluster.cpus_per_worker=1"),
+    *("num_ways=2", "num_queries=5", "eval.num_episodes=20", "eval.num_val_episodes=5"),
+)
+
+Capture = pytest.CaptureFixture[str]
+
+
+def words(folder: Path, name: str, *overrides: str) -> list[str]:
+    """Returns what starts a small meta-training; what is given twice counts as it is given last."""
+    given = [*SMALL, f"runs_dir={folder}/runs", f"taps.location={folder}/taps", f"name={name}", *overrides]
+    return ["meta", *{word.partition("=")[0]: word for word in given}.values()]
+
+
+def shown(folder: Path, name: str, capsys: Capture) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["runs", "show", name, "--json", "--runs-dir", f"{folder}/runs"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+class Finished(NamedTuple):
+    folder: Path
+    overrides: list[str]
+    lines: list[str]
+    """What it said."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs/whole"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run with classes that validate and a table, which says where it stands after each step."""
+    folder = tmp_path_factory.mktemp("meta")
+    given = words(
+        folder, "whole", "num_episodes=24", "episodes_per_step=2", "eval.val_fraction=0.2", "eval.test_fraction=0.4",
+        "eval.every_episodes=8", "eval.num_ways=[2,3]", "eval.num_shots=[1,4]", "select=last",
+    )  # fmt: skip
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(training, "_TELL_EVERY_S", 0.0)
+        patch.setenv("COLUMNS", "200")
+        assert main(given) == 0
+    return Finished(folder, given[1:], said.getvalue().splitlines())
+
+
+# What a run leaves and says
+
+
+def test_the_run_shows_its_accuracy_its_interval_and_how_batchnorm_normalised(
+    finished: Finished, capsys: Capture
+) -> None:
+    found = shown(finished.folder, "whole", capsys)
+    assert (found["job"], found["status"], found["batchnorm"]) == ("meta", "done", "inductive")
+    assert 0.5 < found["accuracy"] <= 1
+    assert 0 < found["ci95"] < 0.1
+    assert found["metrics"] == {
+        "accuracy": found["accuracy"],
+        "ci95": found["ci95"],
+        "nearest_neighbour_accuracy": found["table"][0]["nearest_neighbour"],
+    }
+    assert {name: found["details"][name] for name in ("num_train_classes", "num_val_classes", "num_test_classes")} == {
+        "num_train_classes": 4,
+        "num_val_classes": 2,
+        "num_test_classes": 4,
+    }
+    assert found["details"]["num_episodes"] == 24
+    for location in found["artifacts"].values():
+        assert (finished.run / location).exists()
+
+
+def test_the_table_goes_over_ways_and_shots(finished: Finished, capsys: Capture) -> None:
+    found = shown(finished.folder, "whole", capsys)
+    assert [(row["num_ways"], row["num_shots"]) for row in found["table"]] == [(2, 1), (2, 4), (3, 1), (3, 4)]
+    assert {(row["batchnorm"], row["num_episodes"], row["num_queries"]) for row in found["table"]} == {
+        ("inductive", 20, 5)
+    }
+    assert (found["accuracy"], found["ci95"]) == (found["table"][0]["accuracy"], found["table"][0]["ci95"])
+    *_, header, first, _, _, last, _ = finished.lines
+    assert header.split()[:4] == ["ways", "shots", "accuracy,", "%"]
+    assert first.split()[:3] == ["2", "1", f"{100 * found['accuracy']:.2f}"]
+    assert last.split()[-3:] == ["inductive", "20", "-"]
+    capsys.readouterr()
+    assert main(["runs", "show", "whole", "--runs-dir", f"{finished.folder}/runs"]) == 0
+    assert f"{100 * found['accuracy']:.2f} ± {100 * found['ci95']:.2f}" in capsys.readouterr().out
+
+
+def test_accuracy_and_its_interval_are_those_of_the_episodes(finished: Finished, capsys: Capture) -> None:
+    config = compose_job("meta", finished.overrides)
+    assert isinstance(config, MetaConfig)
+    task = prepare_meta(config)
+    backbone = build("conv4", image_size=16)
+    load_weights(backbone, f"{finished.run}/model/model.safetensors")
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in task.preprocessing[1:])
+    with torch.no_grad():
+        pixels = task.data.images.batch(np.arange(len(task.data))).float() / 255
+        features = backbone.eval()((pixels - mean) / std).numpy()
+    for row in shown(finished.folder, "whole", capsys)["table"]:
+        ways, shots = row["num_ways"], row["num_shots"]
+        sampler = EpisodeSampler(task.classes.test, EpisodeShape(ways, shots, 5), seed=0, part="test")
+        accuracies, nearest = [], []
+        for index in range(20):
+            rows = sampler.episode(index).rows
+            support, queries = features[rows[:, :shots].ravel()], features[rows[:, shots:].ravel()]
+            known, wanted = np.repeat(range(ways), shots), np.repeat(range(ways), 5)
+            means = np.stack([support[known == label].mean(axis=0) for label in range(ways)])
+            distances = np.linalg.norm(queries[:, None] - means, axis=2)
+            accuracies.append(np.mean(distances.argmin(axis=1) == wanted))
+            nearest.append(KNeighborsClassifier(1).fit(support, known).score(queries, wanted))
+        assert row["accuracy"] == pytest.approx(np.mean(accuracies), abs=1e-6)
+        assert row["ci95"] == pytest.approx(1.96 * np.std(accuracies, ddof=1) / np.sqrt(20), abs=1e-6)
+        assert row["nearest_neighbour"] == pytest.approx(np.mean(nearest), abs=1e-6)
+
+
+def test_the_learning_curve_begins_with_the_untrained_start(finished: Finished, capsys: Capture) -> None:
+    rows = pq.read_table(finished.run / "metrics.parquet").to_pylist()
+    assert rows == shown(finished.folder, "whole", capsys)["curve"]
+    assert [row["episode"] for row in rows] == [0, 8, 16, 24]
+    assert (rows[0]["train_loss"], rows[0]["train_accuracy"]) == (None, None)
+    assert all(row["train_loss"] > 0 and 0.5 < row["train_accuracy"] <= 1 for row in rows[1:])
+    assert all(0.5 < row["accuracy"] <= 1 and 0 <= row["ci95"] < 0.5 for row in rows)
+
+
+def test_each_line_says_where_training_stands_and_how_fast_it_goes(finished: Finished) -> None:
+    first, *others = [line for line in finished.lines if line.startswith("episode ")]
+    assert first.startswith("episode 0/24  validation accuracy ")
+    assert "episodes/s" not in first
+    assert len(others) > 3
+    for line in others:
+        assert float(line.removesuffix(" episodes/s").split()[-1]) > 0
+    curve = [line for line in others if "validation accuracy" in line]
+    assert [line.split()[1] for line in curve] == ["8/24", "16/24", "24/24"]
+    assert "evaluated 80/80 episodes" in finished.lines
+
+
+def test_without_classes_that_validate_the_curve_is_of_training_alone(tmp_path: Path, capsys: Capture) -> None:
+    assert main(words(tmp_path, "short", "num_episodes=6", "eval.every_episodes=4")) == 0
+    curve = shown(tmp_path, "short", capsys)["curve"]
+    assert [row.keys() for row in curve] == [{"episode", "train_loss", "train_accuracy"}] * 2
+    assert [row["episode"] for row in curve] == [4, 6]
+
+
+def test_a_plan_tells_what_would_be_trained_and_leaves_nothing(tmp_path: Path, capsys: Capture) -> None:
+    given = ["plan", *words(tmp_path, "planned", "num_episodes=24", "episodes_per_step=4", "eval.num_ways=[2,3]")]
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    for said in ("prototypes, BatchNorm inductive", "5 train, 0 validation, 5 held out", "2-way 1-shot, 3-way 1-shot"):
+        assert said in text
+    assert main([*given, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["num_episodes"], plan["num_steps"], plan["num_blocks"], plan["num_images"]) == (24, 6, 4, 1797)
+    assert plan["evaluation"] == [[2, 1], [3, 1]]
+    assert plan["num_parameters"] == 3 * 64 * 9 + 3 * (64 * 64 * 9) + 4 * (64 + 64 + 64), "kernels, biases, BatchNorm"
+    assert plan["predicted_s"] > 24 * plan["episode_s"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+# Every method
+
+
+@pytest.mark.parametrize(
+    ("method", "batchnorm"),
+    [
+        *((method, "inductive") for method in MethodName),
+        *((method, "transductive") for method in (MethodName.prototypes, MethodName.maml, MethodName.anil)),
+    ],
+)
+def test_every_method_trains_and_leaves_a_model(
+    tmp_path: Path, capsys: Capture, method: MethodName, batchnorm: str
+) -> None:
+    small = ("num_episodes=4", "episodes_per_step=2", "eval.num_episodes=4", "inner_steps=1", "num_shots=2")
+    given = words(tmp_path, "run", f"method={method.value}", f"eval.batchnorm={batchnorm}", *small)
+    assert main(given) == 0
+    assert f" {batchnorm} " in capsys.readouterr().err
+    found = shown(tmp_path, "run", capsys)
+    assert found["batchnorm"] == found["table"][0]["batchnorm"] == batchnorm
+    assert 0 <= found["accuracy"] <= 1
+    assert found["table"][0]["num_diverged"] == 0
+    assert (found["table"][0]["nearest_neighbour"] is None) == method.adapts
+    config = compose_job("meta", given[1:])
+    assert isinstance(config, MetaConfig)
+    task = prepare_meta(config)
+    learner = load_meta(Folder(f"{tmp_path}/runs/run/model"))
+    assert learner.card.class_names == task.classes.train.names
+    initial = learner.model.parameters(learner.model.initial(task.backbone))
+    assert learner.params.keys() == initial.keys()
+    for name, tensor in learner.params.items():
+        assert tensor.isfinite().all(), name
+        if name.endswith(".weight"):  # BatchNorm takes from biases what they add
+            assert not torch.equal(tensor, initial[name]), name
+    assert ("head.weight" in learner.params) == method.adapts
+
+
+# Divergence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["method=maml", "inner_lr=1e10", "inner_steps=3"],
+            "step 1 of 4: inner_lr=1e+10: the inner loop of episode 0 diverged at its step 2 (loss nan); lower it",
+        ),
+        (
+            ["method=reptile", "inner_lr=1e30", "episodes_per_step=2"],
+            "step 1 of 4: inner_lr=1e+30: the inner loop of episode 0 diverged at its step 1 (loss nan); lower it",
+        ),
+        (
+            ["method=prototypes", "optimizer.lr=1e30"],
+            "step 2 of 4: optimizer.lr=1e+30: the loss of episode 1 is nan; lower it, or set clip_grad_norm",
+        ),
+        (
+            ["method=supcon", "optimizer.lr=1e30", "episodes_per_step=2"],
+            "step 2 of 4: optimizer.lr=1e+30: the loss of episodes 2 to 3 is nan; lower it, or set clip_grad_norm",
+        ),
+    ],
+)
+def test_a_training_that_diverges_fails_says_where_and_can_be_resumed(
+    tmp_path: Path, capsys: Capture, overrides: list[str], expected: str
+) -> None:
+    num_episodes = 8 if "episodes_per_step=2" in overrides else 4
+    given = words(tmp_path, "run", f"num_episodes={num_episodes}", *overrides)
+    assert main(given) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"graftstack: {expected}"
+    manifest = json.loads((tmp_path / "runs/run/run.json").read_text())
+    assert (manifest["status"], manifest["error"]) == ("failed", expected)
+    assert main(["meta", "name=run", "resume=true", f"runs_dir={tmp_path}/runs"]) == 1, "nothing has changed"
+    assert capsys.readouterr().err.splitlines()[-1] == f"graftstack: {expected}"
+
+
+# A backbone that nothing trains
+
+
+def test_zero_episodes_measure_a_backbone_on_one_tap(tmp_path: Path, capsys: Capture, weights: str) -> None:
+    given = ("num_episodes=0", f"backbone.weights={weights}", "num_shots=5")
+    forwards = []
+    for method in ("prototypes", "finetune_baseline"):
+        assert main(words(tmp_path, method, *given, f"method={method}")) == 0
+        found = shown(tmp_path, method, capsys)
+        assert found["accuracy"] > 0.7
+        assert (found["curve"], found["artifacts"]) == ([], {"model": "model"})
+        assert found["details"]["num_episodes"] == 0
+        assert found["details"]["weights"] == f"conv4 with {weights}"
+        forwards.append(found["details"]["backbone_forwards"])
+        given_weights, kept = load_file(weights), load_file(tmp_path / f"runs/{method}/model/model.safetensors")
+        assert len(kept) == 4 * (2 + 4)
+        assert all(torch.equal(given_weights[name.removeprefix("backbone.")], tensor) for name, tensor in kept.items())
+    assert forwards == [1797, 0], "the second reads what the first has stored"
+
+
+def test_a_trained_backbone_is_measured_as_its_own_run_measured_it(finished: Finished, capsys: Capture) -> None:
+    given = ("num_episodes=0", "backbone.weights=run:whole", "eval.test_fraction=0.4", "eval.num_ways=[3]")
+    assert main(words(finished.folder, "again", *given)) == 0
+    own, again = (shown(finished.folder, name, capsys)["table"] for name in ("whole", "again"))
+    assert [row["accuracy"] for row in again] == [row["accuracy"] for row in own if row["num_shots"] == 1]
