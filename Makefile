@@ -31,6 +31,8 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench.sweep_speed
 	$(BIN)/python -m tests.bench.stacking_speed
 	$(BIN)/python -m tests.bench.stacking_probes
+	$(BIN)/python -m tests.bench.meta_speed
+	$(BIN)/python -m tests.bench.meta_scaling
 
 fmt: $(READY)
 	$(BIN)/ruff format .

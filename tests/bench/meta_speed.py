@@ -3,9 +3,9 @@
     python -m tests.bench.meta_speed [--steps 20] [--rounds 5] [--threads 1] [--device cpu]
 
 Both sides draw the same kind of episodes from the same images in memory, and do the same work: a step of prototypical
-networks (60 ways, 1 shot, 5 queries), and one of second-order MAML (four episodes of 5 ways, 1 shot, 15 queries, one inner
-step). They take turns; the ratio of each pair, and its median, is what counts. The loop by hand is given channels-last
-images as well, which is the quicker layout and the one that graftstack uses.
+networks (60 ways, 1 shot, 5 queries), and one of second-order MAML (four episodes of 5 ways, 1 shot, 15 queries, one
+inner step). They take turns; the ratio of each pair, and its median, is what counts. The loop by hand is given
+channels-last images as well, which is the quicker layout and the one that graftstack uses.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tests.bench.measuring import Table, load_average
 from torch import Tensor, nn
 
 from graftstack.backbones.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -34,7 +35,6 @@ from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 from graftstack.meta.task import MetaTask, prepare_meta
 from graftstack.meta.training import MetaTraining
 from graftstack.storage import Folder
-from tests.bench.measuring import Table, load_average
 
 _NUM_CLASSES, _PER_CLASS, _SIZE = 160, 20, 28
 _PROTOTYPES = ("method=prototypes", "train.num_ways=60", "num_queries=5")

@@ -1,6 +1,6 @@
 """Launching `meta`: check everything, open the run, train and measure wherever it is to run."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +10,7 @@ from graftstack.cluster.launching import beating, check, needs_group, open_run
 from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, cpus_per_worker
 from graftstack.cluster.session import ray_session
 from graftstack.config.meta import MetaConfig
+from graftstack.config.schema import ClusterKind
 from graftstack.machine import usable_cpus
 from graftstack.runs import Run
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from graftstack.meta.model import MetaModel
     from graftstack.meta.plan import MetaPlan
     from graftstack.meta.runner import RunnerSettings
-    from graftstack.meta.tapped import TappedFeatures
     from graftstack.meta.tapped import TappedFeatures
     from graftstack.meta.task import MetaTask
     from graftstack.meta.training import MetaProgress
@@ -43,10 +43,6 @@ class MetaDisplay(Display, Protocol):
 
     def evaluating(self, done: int, total: int) -> None:
         """Held-out episodes scored, of all."""
-        ...
-
-    def tapping(self, done: int, total: int) -> None:
-        """Shards of features made, of all."""
         ...
 
     def say(self, text: str) -> None:
@@ -74,6 +70,8 @@ def launch_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDi
 
     task = prepare_meta(checked.config, progress=display.reading)
     model = _model(task)
+    if hint := _idle_cpus(checked.config):
+        display.say(hint)
     with _crew(task, verbose=verbose) as crew, open_run(checked) as run:
         listener = Listener(display.episodes, display.evaluating, _Waiting(crew, display))
         with beating(run), _known_features(task, model, crew, listener, display) as features:
@@ -111,16 +109,16 @@ def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisp
     return plan_of(task, _model(task), _crew_of_one(task))
 
 
-def _features(
-    task: "MetaTask", model: "MetaModel", crew: "Crew", display: MetaDisplay, poll: Callable[[int], None]
-) -> "AbstractContextManager[TappedFeatures | None]":
-    """Opens the features of a backbone that nothing trains, for a block; None: the crew embeds what is asked for."""
-    if task.config.num_episodes:
-        return nullcontext()
-    from graftstack.meta.tapped import tapped_features
-
-    state = model.initial(task.backbone)
-    return tapped_features(task, state, crew, tell=display.tapping, say=display.say, poll=poll)
+def _idle_cpus(config: MetaConfig) -> str | None:
+    """Returns how more workers would help, where each has one thread and CPUs are left over."""
+    num_workers, num_cpus = config.cluster.max_workers, usable_cpus()
+    most = min(num_cpus, config.episodes_per_step)
+    if config.cluster.kind is not ClusterKind.local or config.num_threads(num_cpus) > 1 or most <= num_workers:
+        return None
+    return (
+        f"{num_workers} of {num_cpus} CPUs at work; cluster.num_workers={most} shares out each step and ends in the same "
+        "meta-parameters"
+    )
 
 
 class _Waiting:

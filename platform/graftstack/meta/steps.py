@@ -32,8 +32,10 @@ class StepGradient(NamedTuple):
 
 
 def blocks_of(step: int, config: MetaConfig) -> list[Block]:
-    """Returns the blocks of a step: a function of the number of its episodes alone, so that sums are the same to the
-    bit on any number of workers."""
+    """Returns the blocks of a step.
+
+    How many there are depends on its episodes alone, so that sums are the same to the bit on any number of workers.
+    """
     num, first = config.episodes_per_step, step * config.episodes_per_step
     num_blocks = min(num, _MOST_BLOCKS)
     bounds = [first + num * index // num_blocks for index in range(num_blocks + 1)]
