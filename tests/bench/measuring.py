@@ -1,10 +1,14 @@
 """What benchmarks have in common: clocks, tables of figures, and where real data lies."""
 
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from graftstack.cluster.session import quiet_ray
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,3 +45,24 @@ def real_data(name: str) -> Path:
 def load_average() -> str:
     """Returns how busy the machine is with everything, over the last minute."""
     return f"load {os.getloadavg()[0]:.1f}"
+
+
+@contextmanager
+def running_ray(num_cpus: int) -> Iterator[None]:
+    """Starts a Ray that believes in so many CPUs."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    quiet_ray()
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

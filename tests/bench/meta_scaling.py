@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from tests.bench.measuring import Table, load_average, timed
+from tests.bench.measuring import Table, load_average, running_ray, timed
 from tests.bench.meta_speed import made_up
-from tests.bench.stacking_speed import running_ray
 
 from graftstack.cluster.crew import RayCrew
 from graftstack.config.compose import compose_job

@@ -15,11 +15,9 @@ turns, so that what else the machine does meets them all.
 """
 
 import argparse
-import logging
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,12 +37,12 @@ from sklearn.ensemble import (
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.svm import SVC, SVR
-from tests.bench.measuring import Table, load_average, real_data, timed
+from tests.bench.measuring import Table, load_average, real_data, running_ray, timed
 from tests.bench.stacking_bases import Recorder, RememberingLogistic, RememberingRidge, Sleeper
 from tests.bench.stacking_scores import images, tables
 
 from graftstack.cluster.executor import RayExecutor
-from graftstack.cluster.session import quiet_ray, ray_session
+from graftstack.cluster.session import ray_session
 from graftstack.config.compose import compose_job
 from graftstack.config.schema import ClusterConfig
 from graftstack.executors import ProcessExecutor, limit_threads, warm
@@ -289,27 +287,6 @@ def stack_of(problem: Problem, **ours: Any) -> Any:
 def predictions(stack: Any, problem: Problem) -> np.ndarray:
     """Returns what a fitted stack says of the rows that it learnt from."""
     return np.asarray((stack.predict_proba if is_classifier(stack) else stack.predict)(problem.X))
-
-
-@contextmanager
-def running_ray(num_cpus: int) -> Iterator[None]:
-    """Starts a Ray that believes in so many CPUs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    quiet_ray()
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 PARTS = {

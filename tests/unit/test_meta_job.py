@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -22,6 +23,8 @@ from graftstack.meta import training
 from graftstack.meta.artifact import load_meta
 from graftstack.meta.episodes import EpisodeSampler, EpisodeShape
 from graftstack.meta.task import prepare_meta
+from graftstack.meta.training import MetaProgress, Pace
+from graftstack.report.meta_progress import meta_display
 from graftstack.storage import Folder
 
 SMALL = (
@@ -159,6 +162,19 @@ def test_each_line_says_where_training_stands_and_how_fast_it_goes(finished: Fin
     curve = [line for line in others if "validation accuracy" in line]
     assert [line.split()[1] for line in curve] == ["8/24", "16/24", "24/24"]
     assert "evaluated 80/80 episodes" in finished.lines
+
+
+def test_a_terminal_shows_lines_above_bars_that_say_how_training_goes() -> None:
+    screen = StringIO()
+    start = {"episode": 0, "train_loss": None, "train_accuracy": None, "accuracy": 0.5, "ci95": 0.01}
+    with meta_display(Console(file=screen, force_terminal=True, width=200)) as display:
+        display.episodes(MetaProgress(0, 20, None, (start,)))
+        display.episodes(MetaProgress(8, 20, Pace(loss=1.5, accuracy=0.625, episodes_per_s=12.0), (start,)))
+        display.evaluating(5, 10)
+    text = screen.getvalue()
+    assert text.count("episode 0/20  validation accuracy 0.5000 ± 0.0100") == 1
+    assert "loss 1.5000  accuracy 0.6250  12.0 episodes/s" in text
+    assert "nan" not in text
 
 
 def test_without_classes_that_validate_the_curve_is_of_training_alone(tmp_path: Path, capsys: Capture) -> None:

@@ -45,7 +45,8 @@ modes = pytest.mark.parametrize("mode", [INDUCTIVE, TRANSDUCTIVE])
 
 
 def configuration(method: MethodName, mode: BatchNormMode = INDUCTIVE, **settings: object) -> MetaConfig:
-    settings = {"num_ways": WAYS, "inner_lr": 0.1, "inner_steps": 1, **settings}
+    inner = {"inner_lr": 0.1, "inner_steps": 1} if method.adapts or method is MethodName.finetune_baseline else {}
+    settings = {"num_ways": WAYS, **inner, **settings}
     return MetaConfig(method=method, eval=EvalConfig(batchnorm=mode), **settings)  # type: ignore[arg-type]
 
 
@@ -285,7 +286,7 @@ def test_a_stack_of_episodes_can_be_gone_through_in_bf16(name: MethodName, mode:
 
 def query_logits(name: MethodName, mode: BatchNormMode, batch: EpisodeBatch) -> Tensor:
     """Of a conv4 in fp32: after adaptation, or on features normalised with running statistics."""
-    config = configuration(name, mode, inner_steps=2)
+    config = configuration(name, mode, **({"inner_steps": 2} if name.adapts else {}))
     method, params, statistics = learner(conv4(torch.float32), config)
     if config.method.adapts:
         return method.query_logits(params, statistics, batch).logits.detach()

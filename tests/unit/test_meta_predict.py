@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Path:
         ],
         "transductive": ["num_episodes=2", "eval.batchnorm=transductive"],
         "baseline": ["num_episodes=2", "method=finetune_baseline"],
-        "maml": ["num_episodes=4", "method=maml", "num_shots=2", "inner_lr=0.1"],
+        "maml": ["num_episodes=4", "method=maml", "num_shots=2", "inner_lr=0.1", "eval.inner_steps=3"],
         "maml-together": ["num_episodes=2", "method=maml", "eval.batchnorm=transductive"],
         "reptile": ["num_episodes=2", "method=reptile", "inner_batch_size=4", "inner_steps=2"],
         "measured": ["num_episodes=0", "eval.num_episodes=20", "num_shots=5", "taps.dtype=fp16"],
@@ -322,7 +322,8 @@ def test_an_inner_loop_that_diverges_names_the_step(
     shutil.copytree(place / "runs/maml", tmp_path / "maml")
     card = tmp_path / "maml/model/meta.json"
     about = json.loads(card.read_text())
-    about["config"] |= {"inner_lr": 1e30, "inner_steps": steps}
+    about["config"] |= {"inner_lr": 1e30}
+    about["config"]["eval"] |= {"inner_steps": steps}
     card.write_text(json.dumps(about))
     support = write(tmp_path / "s.parquet", shots(five=1, seven=1, nine=1))
     words = ["predict", f"{tmp_path}/maml", "digits", "--support", support, "--out", f"{tmp_path}/p.parquet"]

@@ -34,9 +34,16 @@ SMALL = (
     *("eval.val_fraction=0.2", "checkpoint.every_steps=2"),
 )
 METHODS = {
-    "prototypes": ("num_episodes=6", "eval.every_episodes=2"),
+    "prototypes": ("num_episodes=6", "eval.every_episodes=3"),
     "supcon": ("method=supcon", "episodes_per_step=4", "num_episodes=24", "eval.every_episodes=8"),
-    "fomaml": ("method=fomaml", "num_episodes=6", "eval.every_episodes=2", "optimizer=sgd", "clip_grad_norm=1"),
+    "fomaml": (
+        "method=fomaml",
+        "inner_steps=1",
+        "num_episodes=6",
+        "eval.every_episodes=2",
+        "optimizer=sgd",
+        "clip_grad_norm=1",
+    ),
 }
 
 # What goes through training episodes.
@@ -149,8 +156,8 @@ def resumed(folder: Path, method: str) -> Run:
     [
         ("prototypes", Moment(0, is_validated=True), 6),
         ("prototypes", Moment(1), 6),
-        ("prototypes", Moment(3), 4),
-        ("prototypes", Moment(4, is_validated=True), 4),
+        ("prototypes", Moment(5), 2),
+        ("prototypes", Moment(3, is_validated=True), 4),
         ("prototypes", Moment(6), 2),
         ("supcon", Moment(3), 4),
         ("supcon", Moment(4, is_validated=True), 4),

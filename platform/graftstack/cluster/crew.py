@@ -5,17 +5,14 @@ in Ray's object store, where NumPy arrays are read in place.
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
+from graftstack.cluster.blocks import Blocks
 from graftstack.cluster.process import RunnerProcess
 from graftstack.cluster.references import done, last_line, result_of, why_lost
 from graftstack.errors import TrainingError
-
-# A block that loses so many processes is the cause.
-_MOST_BLOCK_LOSSES = 3
 
 # How long to wait for a block before others are given a sign of life.
 _POLL_S = 1.0
@@ -42,61 +39,6 @@ class _CrewProcess(RunnerProcess):
         return self.call(method, [*self._shared, *args])
 
 
-class _Blocks:
-    """The calls of a step: which of them wait, and what came of the others."""
-
-    def __init__(self, step: int, method: str, args_list: Sequence[Sequence[Any]], shared: Any) -> None:
-        self.step = step
-        self.method = method
-        self.args_list = args_list
-        self.shared = shared
-        self.results: dict[int, Any] = {}
-        self._waiting = set(range(len(args_list)))
-        self._in_order = iter(range(len(args_list)))
-        self._again: deque[int] = deque()
-        self._num_losses: Counter[int] = Counter()
-        self._failure: tuple[int, Exception] | None = None
-
-    @property
-    def are_waiting(self) -> bool:
-        return bool(self._waiting)
-
-    def take(self, likes: Iterator[int]) -> int:
-        """Returns the place of the next block: one that was lost, or one of `likes`, or else the first."""
-        candidates = chain(_drained(self._again), likes, self._in_order)
-        place = next(place for place in candidates if place in self._waiting)
-        self._waiting.remove(place)
-        return place
-
-    def fail(self, place: int, error: Exception) -> None:
-        """Gives up those after `place`; an earlier one may fail as well, and then that is what counts."""
-        if self._counts(place):
-            self._failure = place, error
-            self._waiting = {other for other in self._waiting if other < place}
-
-    def lose(self, place: int, why: str) -> None:
-        """Puts a block at the front. Raises `TrainingError` if that has been done too often."""
-        if not self._counts(place):
-            return
-        self._num_losses[place] += 1
-        if self._num_losses[place] == _MOST_BLOCK_LOSSES:
-            raise TrainingError(
-                f"block {place + 1} of {len(self.args_list)} lost the worker that went through it "
-                f"{_MOST_BLOCK_LOSSES} times; at last: {why}"
-            )
-        self._waiting.add(place)
-        self._again.append(place)
-
-    def outcome(self) -> list[Any]:
-        """Returns the results in order, or raises what the first block that failed has raised."""
-        if self._failure is not None:
-            raise self._failure[1]
-        return [self.results[place] for place in range(len(self.args_list))]
-
-    def _counts(self, place: int) -> bool:
-        return self._failure is None or place < self._failure[0]
-
-
 class _Worker:
     """The driver's end of a process."""
 
@@ -113,7 +55,7 @@ class _Worker:
         """Returns a reference to nothing, which is there once the process is ready."""
         return self.process.ready.remote()
 
-    def start(self, blocks: _Blocks) -> tuple[int, Any]:
+    def start(self, blocks: Blocks) -> tuple[int, Any]:
         """Begins a block: of those that wait one that it had in the step before, and so may have kept something of.
 
         Returns:
@@ -189,7 +131,7 @@ class RayCrew:
 
     @property
     def num_losses(self) -> int:
-        """How often a process has been lost so far; one loss with a node are all that it had."""
+        """How often a process has been lost so far. Once Ray knows that it was a node, all that it had are one loss."""
         import ray
 
         if not self._nodes_of_lost:
@@ -221,7 +163,7 @@ class RayCrew:
         self._step += 1
         try:
             self._replace()
-            blocks = _Blocks(self._step, method, args_list, ray.put(tuple(shared)) if shared else ())
+            blocks = Blocks(self._step, method, args_list, ray.put(tuple(shared)) if shared else ())
             seen = time.monotonic()
             while blocks.are_waiting or self._running:
                 seen = self._last_seen(seen)
@@ -244,20 +186,20 @@ class RayCrew:
                 ray.kill(self._workers[-1].process)
             self._workers.pop()
 
-    def _deal(self, blocks: _Blocks) -> None:
+    def _deal(self, blocks: Blocks) -> None:
         while self._idle and blocks.are_waiting:
             worker = self._idle.popleft()
             place, reference = worker.start(blocks)
             self._running[reference] = place, worker
 
-    def _wait(self, blocks: _Blocks) -> None:
+    def _wait(self, blocks: Blocks) -> None:
         for reference in done([*self._running, *self._starting], _POLL_S):
             if reference in self._running:
                 self._collect(reference, blocks)
             elif reference in self._starting:
                 self._welcome(reference)
 
-    def _collect(self, reference: Any, blocks: _Blocks) -> None:
+    def _collect(self, reference: Any, blocks: Blocks) -> None:
         from ray.exceptions import RayError
 
         place, worker = self._running.pop(reference)
@@ -343,11 +285,6 @@ class RayCrew:
                 f"{_what_there_is()}; free some of them, or use a smaller cluster.cpus_per_worker"
             )
         return before
-
-
-def _drained(places: deque[int]) -> Iterator[int]:
-    while places:
-        yield places.popleft()
 
 
 def _what_there_is() -> str:

@@ -11,7 +11,7 @@ from graftstack.cluster.resources import check_nodes, check_resources, cluster_r
 from graftstack.cluster.session import ray_session
 from graftstack.config.meta import MetaConfig
 from graftstack.config.schema import ClusterKind
-from graftstack.machine import usable_cpus
+from graftstack.machine import keep_freed_memory, usable_cpus
 from graftstack.runs import Run
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def _idle_cpus(config: MetaConfig) -> str | None:
     if config.cluster.kind is not ClusterKind.local or config.num_threads(num_cpus) > 1 or most <= num_workers:
         return None
     return (
-        f"{num_workers} of {num_cpus} CPUs at work; cluster.num_workers={most} shares out each step and ends in the same "
-        "meta-parameters"
+        f"{num_workers} of {num_cpus} CPUs at work; cluster.num_workers={most} shares out each step and ends in the "
+        "same meta-parameters"
     )
 
 
@@ -174,6 +174,7 @@ def _crew_of_one(task: "MetaTask") -> "Crew":
     from graftstack.meta.runner import EpisodeRunner
 
     torch.set_num_threads(task.config.num_threads(usable_cpus()))
+    keep_freed_memory()
     return InlineCrew(EpisodeRunner(_settings(task, task.data.images)))
 
 

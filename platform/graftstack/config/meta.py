@@ -39,6 +39,7 @@ class MethodName(Enum):
 
 _ADAPTING = (MethodName.maml, MethodName.fomaml, MethodName.anil, MethodName.reptile, MethodName.meta_sgd)
 _JOINT = (MethodName.supcon, MethodName.triplet)
+_WITHOUT_INNER_LOOP = (MethodName.prototypes, *_JOINT)
 
 
 class BatchNormMode(Enum):
@@ -99,10 +100,10 @@ class EvalConfig:
     """Episodes of each validation."""
 
     def __post_init__(self) -> None:
-        at_least("eval.num_episodes", self.num_episodes, 1)
+        at_least("eval.num_episodes", self.num_episodes, 2)  # one has no confidence interval
         at_least("eval.inner_steps", self.inner_steps, 1)
         at_least("eval.every_episodes", self.every_episodes, 1)
-        at_least("eval.num_val_episodes", self.num_val_episodes, 1)
+        at_least("eval.num_val_episodes", self.num_val_episodes, 2)
         fraction("eval.test_fraction", self.test_fraction)
         fraction("eval.val_fraction", self.val_fraction)
         above("eval.test_fraction", self.test_fraction, 0)
@@ -213,6 +214,9 @@ class MetaConfig(JobConfig):
                     f"num_episodes=0: method={method.value} is nothing without training; use prototypes or "
                     "finetune_baseline, or more episodes"
                 )
+        for key, value in (("inner_lr", self.inner_lr), ("inner_steps", self.inner_steps)):
+            if value is not None and method in _WITHOUT_INNER_LOOP:
+                raise ConfigError(f"{key}={value}: method={method.value} has no inner loop; leave it out")
         if self.inner_batch_size is not None and method is not MethodName.reptile:
             raise ConfigError(f"inner_batch_size={self.inner_batch_size}: for method=reptile only; leave it out")
         if self.execution is Execution.vmap and not method.adapts:

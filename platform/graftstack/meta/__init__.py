@@ -19,5 +19,6 @@ The outer loop:
 
 The job:
 
-- `task`: everything checked; `job`: trained, measured and stored; `plan`; `artifact`: as files; `predict`: new classes
+- `task`: everything checked; `job`: trained, measured and stored; `plan`; `artifact`: as files; `predict`: new classes;
+  `remeasure`: a finished run's accuracy, on its own classes or on others
 """

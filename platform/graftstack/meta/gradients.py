@@ -66,7 +66,9 @@ def vectorised(
         found = method.outcome(params, statistics, EpisodeBatch(*fields, like.num_ways, like.num_shots))  # type: ignore[arg-type, call-arg]
         return found.objective, found
 
-    stacked = [torch.stack(fields) for fields in zip(*(batch[:_NUM_TENSORS] for batch in all_batches), strict=True)]
+    columns = zip(*(batch[:_NUM_TENSORS] for batch in all_batches), strict=True)
+    # Channels first: for the other layout torch has no batched form of adaptive pooling.
+    stacked = [torch.stack([field.contiguous() for field in fields]) for fields in columns]
     slopes, found = vmap(grad(outcome, has_aux=True), in_dims=(None, *[0] * len(stacked)))(params, *stacked)
     outcomes = [Outcome(*(field[index] for field in found)) for index in range(len(all_batches))]
     accuracies = [outcome.num_correct / len(like.query_labels) for outcome in outcomes]

@@ -11,6 +11,7 @@ from torch import Tensor
 from graftstack.backbones.backbone import Backbone
 from graftstack.backbones.registry import build
 from graftstack.config.meta import MetaConfig
+from graftstack.config.schema import Precision
 from graftstack.meta.layout import Layout
 from graftstack.meta.methods import Adapting, Embedding, head_size, make_method
 from graftstack.meta.network import Network, Params
@@ -61,6 +62,11 @@ class MetaModel:
         """The method, which is one of features."""
         assert not self.config.method.adapts
         return self.method  # type: ignore[return-value]
+
+    def arithmetic(self) -> torch.autocast:
+        """Returns the precision of forward and backward passes, as a context."""
+        is_bf16 = self.config.precision is Precision.bf16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
     def initial(self, backbone: Backbone) -> MetaState:
         """Returns the state to begin with: the weights of `backbone`, and what the method adds to them."""

@@ -11,7 +11,6 @@ import torch
 
 from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.config.meta import Execution, MetaConfig
-from graftstack.config.schema import Precision
 from graftstack.data.images import Images
 from graftstack.errors import TrainingError
 from graftstack.finetune.inference import inference_batch_size
@@ -99,7 +98,7 @@ class EpisodeRunner:
         """
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         batches = self._batches(block)
-        with self._autocast():
+        with self.model.arithmetic():
             if not self.config.method.adapts:
                 model = self.model
                 found = of_embeddings(model.embedding, model.network, params, statistics, batches)
@@ -154,7 +153,7 @@ class EpisodeRunner:
         """
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         sampler = EpisodeSampler(getattr(self._classes, part), shape, seed=self.config.seed, part=part)
-        with self._autocast():
+        with self.model.arithmetic():
             return [
                 score(self.model, params, statistics, self._images.batch(sampler.episode(index)))
                 for index in range(*block)
@@ -172,7 +171,7 @@ class EpisodeRunner:
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         size = inference_batch_size(self.model.image_size)
         pieces = []
-        with self._autocast():
+        with self.model.arithmetic():
             for begin in range(0, len(rows), size):
                 images = self._images.items(rows[begin : begin + size], turns[begin : begin + size])
                 pieces.append(self.model.network.features(params, statistics, images).float().cpu())
@@ -185,17 +184,13 @@ class EpisodeRunner:
 
     def _embedded(self, state: MetaState, block: Block) -> tuple[Params, list[Embedded]]:
         leaves, statistics = as_leaves(self.model.parameters(state)), self.model.statistics(state)
-        with self._autocast():
+        with self.model.arithmetic():
             return leaves, [embed(self.model.network, leaves, statistics, batch) for batch in self._batches(block)]
 
     @property
     def _is_vectorised(self) -> bool:
         execution = self.config.execution
         return execution is Execution.vmap or (execution is Execution.auto and self.device.type == "cuda")
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision is Precision.bf16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _step_of(self, block: Block) -> int:
         return block.start // self.config.episodes_per_step

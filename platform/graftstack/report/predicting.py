@@ -96,7 +96,7 @@ def _evaluate_meta(run: Run, location: str | None, *, part: str | None, as_json:
         )
 
     from graftstack.finetune.predict import data_at, data_of_run
-    from graftstack.meta.predict import evaluate_meta
+    from graftstack.meta.remeasure import evaluate_meta
 
     data = None if location is None else data_at(location, data_of_run(run))
     with meta_display(plain_console(stderr=True)) as display:
