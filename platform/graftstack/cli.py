@@ -41,6 +41,8 @@ jobs (each explains its keys with --help):
 
 around them:
   plan JOB [key=value ...]   check everything and print what would run
+  submit JOB [key=value ...] --to ADDRESS|k8s   run it on a Ray cluster, or on Kubernetes
+  jobs [list|status|logs|stop] --to ADDRESS|k8s   what was submitted there
   predict RUN DATA --out F   predict with a run's model
   evaluate RUN [DATA]        measure a run's model on labelled data
   runs [show|compare]        list, show and compare runs
@@ -86,8 +88,14 @@ def _run_job(options: argparse.Namespace) -> int:
 
         print(job_help(options.command))
         return EXIT_DONE
-    from graftstack.report.jobs import check_job_for_leakage, run_job
+    from graftstack.report.jobs import check_job_for_leakage, run_job, run_spec
 
+    if options.spec is not None:
+        if options.overrides or options.check_leakage:
+            words = [*options.overrides, *(["--check-leakage"] if options.check_leakage else [])]
+            raise BadInputError(f"--spec {options.spec}: says all of a job; leave {' '.join(words)} out")
+        run_spec(options.command, options.spec, verbose=options.verbose)
+        return EXIT_DONE
     if options.check_leakage:
         is_clean = check_job_for_leakage(options.command, options.overrides, verbose=options.verbose)
         return EXIT_DONE if is_clean else EXIT_FAILED
@@ -100,6 +108,71 @@ def _plan(options: argparse.Namespace) -> int:
 
     plan_job(options.job, options.overrides, as_json=options.json)
     return EXIT_DONE
+
+
+def _submit(options: argparse.Namespace) -> int:
+    if options.check is not None:
+        if options.job is not None:
+            raise BadInputError(f"--check {options.check}: looks at a file; leave {options.job} out")
+        from graftstack.report.kubernetes import check_manifests
+
+        return check_manifests(options.check)
+    if options.job is None:
+        raise BadInputError(f"submit: which job? {', '.join(sorted(JOBS))}; see graftstack submit --help")
+    if options.to == "k8s":
+        if options.with_code:
+            raise BadInputError("--with-code: pods run what their image holds; build one with it, and leave this out")
+        from graftstack.report import kubernetes
+
+        return kubernetes.submit_job(options.job, options.overrides, dry_run=options.dry_run, follows=options.follow)
+    from graftstack.report import submitting
+
+    return submitting.submit_job(
+        options.job,
+        options.overrides,
+        to=options.to,
+        with_code=options.with_code,
+        dry_run=options.dry_run,
+        follows=options.follow,
+    )
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    _check_job_words(options)
+    if options.to == "k8s":
+        from graftstack.report import kubernetes
+
+        return kubernetes.run_action(
+            options.action,
+            options.ids,
+            namespace=options.namespace,
+            context=options.context,
+            follows=options.follow,
+        )
+    from graftstack.report import submitting
+
+    match options.action:
+        case "list":
+            return submitting.list_jobs(to=options.to, as_json=options.json)
+        case "status":
+            return submitting.show_job(options.ids[0], to=options.to, as_json=options.json)
+        case "logs":
+            return submitting.show_logs(options.ids[0], to=options.to, follows=options.follow)
+        case _:
+            return submitting.stop_job(options.ids[0], to=options.to)
+
+
+def _check_job_words(options: argparse.Namespace) -> None:
+    words = " ".join(("jobs", options.action, *options.ids))
+    if len(options.ids) != (0 if options.action == "list" else 1):
+        wanted = "no submission" if options.action == "list" else "one submission"
+        raise BadInputError(f"{words}: takes {wanted}; see graftstack jobs --help")
+    if options.follow and options.action != "logs":
+        raise BadInputError(f"{words}: follows nothing; use graftstack jobs logs --follow")
+    if options.json and (options.action in ("logs", "stop") or options.to == "k8s"):
+        raise BadInputError(f"{words}: has no JSON here; leave --json out")
+    if options.to != "k8s" and (options.namespace or options.context):
+        raise BadInputError(f"{words}: a namespace and a context are Kubernetes'; add --to k8s, or leave them out")
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -235,12 +308,55 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-h", "--help", action="store_true")
         command.add_argument("-v", "--verbose", action="store_true")
         command.add_argument("--check-leakage", action="store_true")
+        command.add_argument("--spec", metavar="PATH")
+    _add_submission(commands)
     _add_inspection(commands)
     demo = _add(commands, "demo", _demo, text="Pretrain on digits 0-4, fine-tune on 5-9, sweep and stack; offline.")
     demo.add_argument("--runs-dir", default="runs/demo", help="where the demo's runs go; made anew each time")
     doctor = _add(commands, "doctor", _doctor, text="Check this machine and print the fix for what is wrong.")
     doctor.add_argument("--json", action="store_true")
     return parser
+
+
+def _add_submission(commands: Any) -> None:
+    submit = _add(
+        commands,
+        "submit",
+        _submit,
+        text="Run a job on a cluster. Submitting the same again finds what was submitted; a job that failed or was "
+        "stopped goes on where it was.",
+    )
+    submit.add_argument("job", nargs="?", choices=sorted(JOBS))
+    submit.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="see graftstack JOB --help; --to k8s: also k8s.KEY=value"
+    )
+    submit.add_argument(
+        "--with-code", action="store_true", help="send this graftstack along; git says what belongs to it"
+    )
+    # An option with a value of its own would take the word behind it for one.
+    submit.add_argument(
+        "--dry-run", dest="dry_run", action="store_const", const="client", help="print what would be sent, send nothing"
+    )
+    submit.add_argument(
+        "--dry-run=server", dest="dry_run", action="store_const", const="server", help="ask the cluster, start nothing"
+    )
+    submit.add_argument("--check", metavar="FILE", help="only say what is wrong with the RayJobs of a file")
+    jobs = _add(commands, "jobs", _jobs, text="List what was submitted to a cluster; show, follow or stop one of it.")
+    jobs.add_argument("action", nargs="?", default="list", choices=("list", "status", "logs", "stop"))
+    jobs.add_argument("ids", nargs="*", metavar="SUBMISSION")
+    jobs.add_argument("--json", action="store_true", help="list, status: as JSON")
+    jobs.add_argument("--namespace", metavar="NAME", help="--to k8s: where the jobs are (default: graftstack)")
+    jobs.add_argument("--context", metavar="NAME", help="--to k8s: of the kubeconfig; default: its current one")
+    for command, what in (submit, "write its log, and end as the job does"), (jobs, "logs: until the job is over"):
+        command.add_argument("-f", "--follow", action="store_true", help=what)
+        command.add_argument("-v", "--verbose", action="store_true", help="say where an error was met")
+        command.add_argument(
+            "--to",
+            metavar="ADDRESS|k8s",
+            help="k8s, or a Ray cluster by its dashboard, http://HOST:8265. Default: $RAY_API_SERVER_ADDRESS, "
+            "$RAY_ADDRESS, else the one on this machine. Its token is in $RAY_AUTH_TOKEN, or in the file "
+            "$RAY_AUTH_TOKEN_PATH",
+        )
 
 
 def _add_inspection(commands: Any) -> None:

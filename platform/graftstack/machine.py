@@ -88,9 +88,9 @@ def _entry(path: Path, name: str) -> int | None:
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, up to 2 GiB, for what it allocates next.
 
-    A step of training frees its activations, and the next allocates as many. glibc gives large blocks back to the system
-    each time, which then hands out zeroed pages, a fault for each: nearly half of the CPU time of small networks. Other
-    C libraries have no such settings, and are left alone.
+    A step of training frees its activations, and the next allocates as many. glibc gives large blocks back to the
+    system each time, which then hands out zeroed pages, a fault for each: nearly half of the CPU time of small
+    networks. Other C libraries have no such settings, and are left alone.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

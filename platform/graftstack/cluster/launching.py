@@ -3,6 +3,7 @@
 import logging
 import re
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ _TRUE = {"true", "yes", "on", "1"}
 # How often other hosts are given a sign of life.
 _BEAT_EVERY_S = 10.0
 
+# How often a process on another host is looked for, and for how long: by then it is taken for gone, or has been heard.
+_LOOK_EVERY_S = 2.0
+_LOOK_FOR_S = 90.0
+
 # What the key of a dictionary may consist of in an override, and what is escaped there.
 _IN_KEY = re.compile(r"[\w/+.%*@?|\\()\[\]{}:=, \t-]+", flags=re.ASCII)
 _ESCAPED_IN_KEY = re.compile(r"[\\()\[\]{}:=, \t]")
@@ -59,7 +64,7 @@ def check(job: str, config: Config, overrides: Sequence[str]) -> Checked[Config]
     """Checks what can be checked at once, without torch. Raises `BadInputError`."""
     require_known(config.backbone.name)
     given = replace(config, name=config.name or _default_name(job))
-    config = _with_absolute_paths(given)
+    config = with_absolute_paths(given)
     manifest = Manifest(
         job=job,
         name=str(config.name),
@@ -95,6 +100,41 @@ def saved_overrides(overrides: Sequence[str]) -> list[str]:
         return []
     folder = Folder(given.get("runs_dir", JobConfig.runs_dir)) / given["name"]
     return Run.open(folder).manifest.overrides if folder.exists(MANIFEST) else []
+
+
+def await_owner(config: JobConfig, *, say: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
+    """Waits as long as a run may or may not be worked on by the process that its folder names, on another host.
+
+    That is how a run looks whose host was lost a moment ago. A process that gives a sign of life is at work, as is one
+    on this host: the wait is over, and `check` refuses the run.
+
+    Args:
+        config: Has a name.
+        say: Is told why there is a wait.
+        sleep: Passes the time between two looks, in seconds.
+    """
+    root = Folder(config.runs_dir) / str(config.name)
+    # The parts of a pipeline are runs too.
+    for folder in (root, *(root / name for name in root.names())):
+        if folder.exists(MANIFEST):
+            _await_silence(folder, say, sleep)
+
+
+def _await_silence(folder: Folder, say: Callable[[str], None], sleep: Callable[[float], None]) -> None:
+    owner: dict[str, Any] | None = None
+    for _ in range(round(_LOOK_FOR_S / _LOOK_EVERY_S)):
+        manifest = Run.open(folder).manifest
+        if manifest.status != "running" or manifest.process["host"] == socket.gethostname():
+            return
+        if owner is None:
+            owner = manifest.process
+            say(
+                f"{manifest.name}: process {owner['pid']} on {owner['host']} worked on it a moment ago; waiting until "
+                "it has been silent for long enough to be gone"
+            )
+        elif manifest.process != owner:
+            return
+        sleep(_LOOK_EVERY_S)
 
 
 def needs_group(cluster: ClusterConfig) -> bool:
@@ -168,7 +208,8 @@ def _default_name(job: str) -> str:
     return f"{job}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
-def _with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
+    """Returns a configuration in which local files, folders and runs have their whole paths."""
     data = replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(config.data.cache_dir))
     runs_dir = str(_absolute(config.runs_dir))
     backbone = replace(config.backbone, weights=_absolute_weights(config.backbone.weights, runs_dir))

@@ -3,19 +3,22 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
-from graftstack.cluster.launching import check, saved_overrides
+from graftstack.cluster.launching import await_owner, check, saved_overrides
 from graftstack.cluster.meta import launch_meta, plan_meta
 from graftstack.cluster.pipeline import PipelineDisplays, check_stack_part, launch_pipeline
 from graftstack.cluster.stack import check_leakage, launch_stack, plan_stack
 from graftstack.cluster.sweep import launch_sweep, plan_sweep
 from graftstack.cluster.trained import inherited_overrides
 from graftstack.config.compose import compose_job
+from graftstack.config.schema import JobConfig
+from graftstack.config.spec import Spec, from_bytes
 from graftstack.errors import BadInputError
 from graftstack.report import meta_tables, stack_tables, sweep_tables, tables
 from graftstack.report.console import plain_console
@@ -38,8 +41,32 @@ class _Asked(NamedTuple):
 
 def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run:
     """Runs a job to its end, showing its progress, and prints where its results lie."""
+    return _run(_asked(job, overrides, plain_console(stderr=True), verbose=verbose))
+
+
+def run_spec(job: str, path: str, *, verbose: bool = False) -> Run:
+    """Runs the job in a file as `run_job` does; one that was begun goes on, one that is done is found to be."""
+    spec = _read_spec(job, path)
     console = plain_console(stderr=True)
-    run = _RUN[job](_asked(job, overrides, console, verbose=verbose))
+    await_owner(spec.config, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
+    return _run(_Asked(job, spec.config, spec.overrides, console, verbose))
+
+
+def _read_spec(job: str, path: str) -> Spec:
+    try:
+        spec = from_bytes(Path(path).read_bytes())
+    except OSError as error:
+        raise BadInputError(f"--spec {path}: can't be read ({error.strerror}); give the path of a spec") from error
+    except BadInputError as error:
+        raise BadInputError(f"--spec {path}: {error}") from error
+    if spec.job != job:
+        raise BadInputError(f"--spec {path}: holds a {spec.job} job; use graftstack {spec.job} --spec")
+    return spec
+
+
+def _run(asked: _Asked) -> Run:
+    console = asked.console
+    run = _RUN[asked.job](asked)
     name, value = next(iter(_main_metric(run.manifest.metrics).items()))
     said = f"{run.manifest.name}: {run.manifest.status}, {name} {tables.number(value)}"
     console.print(said, highlight=False, soft_wrap=True)
@@ -71,11 +98,25 @@ def check_job_for_leakage(job: str, overrides: Sequence[str], *, verbose: bool =
     return not report.leaking
 
 
-def _asked(job: str, overrides: Sequence[str], console: Console, *, verbose: bool) -> _Asked:
+class Composed(NamedTuple):
+    """What a person asked for, with what it stands for in full."""
+
+    config: JobConfig
+    overrides: list[str]
+    """The person's own, behind those of the run that is continued or built upon."""
+
+
+def composed(job: str, overrides: Sequence[str]) -> Composed:
+    """Returns a job as a person asked for it. Raises `BadInputError`."""
     everything = [*saved_overrides(overrides), *overrides]
     if job == "stack":
         everything = [*inherited_overrides(everything), *everything]
-    return _Asked(job, compose_job(job, everything), everything, console, verbose)
+    return Composed(compose_job(job, everything), everything)
+
+
+def _asked(job: str, overrides: Sequence[str], console: Console, *, verbose: bool) -> _Asked:
+    found = composed(job, overrides)
+    return _Asked(job, found.config, found.overrides, console, verbose)
 
 
 def _main_metric(metrics: dict[str, float]) -> dict[str, float | None]:
