@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check bench fmt setup
+.PHONY: help demo test check bench rendered fmt setup
 
 help:
 	@echo "make demo    the whole story, offline, in about a minute"
 	@echo "make test    all tests but the slow tier"
 	@echo "make check   format, lint, types, import layers"
 	@echo "make bench   side by side with plain PyTorch, Ray Tune and scikit-learn; an hour, on a quiet machine"
+	@echo "make rendered   record the objects of k8s/rendered/ anew"
 	@echo "make fmt     format the code and mend what a tool can mend"
 	@echo "make setup   only create $(VENV)"
 
@@ -33,6 +34,9 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench.stacking_probes
 	$(BIN)/python -m tests.bench.meta_speed
 	$(BIN)/python -m tests.bench.meta_scaling
+
+rendered: $(READY)
+	$(BIN)/python tests/golden/test_rendered_jobs.py
 
 fmt: $(READY)
 	$(BIN)/ruff format .

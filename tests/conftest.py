@@ -1,7 +1,10 @@
 """What all tests share."""
 
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,25 @@ def embedded_ray() -> Iterator[None]:
 
     with ray_session(ClusterConfig(), verbose=False):
         yield
+
+
+@pytest.fixture
+def start_driver() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts jobs as a person does: ``start_driver(job, *overrides)``. Their processes don't outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(job: str, *overrides: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "graftstack", job, *overrides],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A shell that runs the tests in the background makes them, and so their children, ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()

@@ -12,6 +12,7 @@ A map of the package, from the ground up; imports point down only, and importing
 - `stacking`: base models cross-validated in one task graph, and what learns from their predictions, free of Ray
 - `meta`: networks that learn to learn from a few images of each class, free of Ray
 - `cluster`: Ray, and how each job is launched on it
+- `submit`: jobs sent to a Ray cluster or to Kubernetes
 - `report`, `doctor`, `demo`, `cli`: what a person sees
 """
 

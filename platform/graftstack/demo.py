@@ -125,10 +125,10 @@ def _run(job: str, runs_dir: str, overrides: Sequence[str], console: Console) ->
     if isinstance(config, StackConfig):
         with stack_display(quiet) as display:
             return launch_stack(config, overrides=everything, display=display)
-    assert isinstance(config, FinetuneConfig)
     if isinstance(config, MetaConfig):
         with meta_display(quiet) as display:
             return launch_meta(config, overrides=everything, display=display)
+    assert isinstance(config, FinetuneConfig)
     with job_display(quiet) as display:
         return launch(job, config, overrides=everything, display=display)
 

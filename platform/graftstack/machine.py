@@ -86,7 +86,7 @@ def _entry(path: Path, name: str) -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, up to 2 GiB, for what it allocates next.
+    """Lets this process keep the memory that it frees for what it allocates next, until its end.
 
     A step of training frees its activations, and the next allocates as many. glibc gives large blocks back to the
     system each time, which then hands out zeroed pages, a fault for each: nearly half of the CPU time of small

@@ -288,7 +288,7 @@ def test_a_pipeline_runs_on_ray(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("embedded_ray")
 def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
-    table: Path, unbroken: Path, tmp_path: Path
+    table: Path, unbroken: Path, tmp_path: Path, start_driver: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     import ray
 
@@ -297,7 +297,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
     cluster = ("cluster=ray", f"cluster.address={ray.get_runtime_context().gcs_address}")
     places = (f"runs_dir={tmp_path}", "name=stack")
 
-    killed = start(*of_table(table), *STACK, *places, *cluster)
+    killed = start_driver("stack", *of_table(table), *STACK, *places, *cluster)
     wait_until(lambda: len(entries_of(run)) >= 2 and is_busy(this))
     killed.kill()
     assert killed.wait(60) == -signal.SIGKILL
@@ -305,7 +305,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
     assert find_run("stack", str(tmp_path)).manifest.status == "interrupted"
     entries = entries_of(run)
 
-    interrupted = start(*places, "resume=true")
+    interrupted = start_driver("stack", *places, "resume=true")
     wait_until(lambda: len(entries_of(run)) > len(entries) and is_busy(this))
     interrupted.send_signal(signal.SIGINT)
     _, complaint = interrupted.communicate(timeout=60)
@@ -318,7 +318,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
     entries = entries_of(run)
     assert len(entries) < NUM_TASKS, "it was over already"
 
-    resumed = start(*places, "resume=true")
+    resumed = start_driver("stack", *places, "resume=true")
     _, complaint = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, complaint.decode()
     assert entries.items() <= entries_of(run).items(), "a finished task ran again"
@@ -327,13 +327,3 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_stack_that_continues(
     assert details["num_tasks_run"] == NUM_TASKS - len(entries)
     assert_same(run, unbroken)
     assert_cluster_is_clean()
-
-
-def start(*overrides: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "graftstack", "stack", *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # A shell that runs the tests in the background makes them, and so their children, ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    )

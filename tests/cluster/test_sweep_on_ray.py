@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,12 +206,14 @@ def test_a_group_that_doesnt_reach_its_tap_begins_with_the_images(tmp_path: Path
     assert outcome.backbone_forwards == task.steps_per_epoch * config.batch_size + len(task.data.splits.val)
 
 
-def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(unbroken: Run, tmp_path: Path) -> None:
+def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(
+    unbroken: Run, tmp_path: Path, start_driver: Callable[..., subprocess.Popen[bytes]]
+) -> None:
     run = tmp_path / "sweep"
     places = (f"runs_dir={tmp_path}", "name=sweep")
     begin = (*SMALL, *SPACE, *PROCESSES, *places, f"data.cache_dir={tmp_path}/cache")
 
-    killed = start(*begin)
+    killed = start_driver("sweep", *begin)
     wait_until(lambda: len(rows_of(run)) > 0)
     orphans = family_of(killed)
     killed.kill()
@@ -222,7 +223,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(unb
     assert find_run("sweep", str(tmp_path)).manifest.status == "interrupted"
     rows = rows_of(run)
 
-    interrupted = start(*places, "resume=true")
+    interrupted = start_driver("sweep", *places, "resume=true")
     wait_until(lambda: len(rows_of(run)) > len(rows))
     family = family_of(interrupted)
     interrupted.send_signal(signal.SIGINT)
@@ -236,7 +237,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(unb
     rows = rows_of(run)
     assert len(rows) < NUM_TRIALS, "it was over already"
 
-    resumed = start(*places, "resume=true")
+    resumed = start_driver("sweep", *places, "resume=true")
     _, complaint = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, complaint.decode()
     assert rows.items() <= rows_of(run).items(), "a finished trial ran again"
@@ -248,17 +249,7 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_sweep_that_continues(unb
     wait_until(lambda: all_gone(orphans))  # Ray's agents look for their cluster for a minute
 
 
-def start(*overrides: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "graftstack", "sweep", *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # A shell that runs the tests in the background makes them, and so their children, ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    )
-
-
-def family_of(process: "subprocess.Popen[bytes]") -> dict[psutil.Process, str]:
+def family_of(process: subprocess.Popen[bytes]) -> dict[psutil.Process, str]:
     """All that a process has started, by its command."""
     names = {}
     for child in psutil.Process(process.pid).children(recursive=True):

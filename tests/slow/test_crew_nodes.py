@@ -52,6 +52,12 @@ PROGRAM = """
 
         return len(list_actors(filters=[("state", "!=", "DEAD")]))
 
+    def wait_until(condition):
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
     def run(cluster, second, folder):
         images = np.ones(NUM_IMAGES, np.uint8)
         crew = RayCrew(partial(Looking, images), num_workers=3, num_cpus=1, num_threads=None, max_losses=2)
@@ -75,16 +81,14 @@ PROGRAM = """
 
         third = cluster.add_node(num_cpus=2, temp_dir=f"{folder}/third")
         assert sorted(workers_per_node(crew, 3).values()) == [1, 2]
-        assert crew.num_losses == 1, "a node is one loss, however many workers it had"
+        # A node is one loss, however many workers it had: once Ray knows that it is the node.
+        wait_until(lambda: crew.num_losses == 1)
 
         # One that goes between two steps is no fault of the blocks of the next.
         cluster.remove_node(third, allow_graceful=False)
         assert len(crew.call("look", [[0.01]] * 4)) == 4
         crew.close()
-        deadline = time.monotonic() + PATIENCE_S
-        while num_actors():
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+        wait_until(lambda: num_actors() == 0)
         assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
 
     # Sockets lie in this folder, and the name of a socket is short.

@@ -1,4 +1,4 @@
-"""The shipped experiments reach their accuracies on real images with real public weights."""
+"""The shipped experiments reach their accuracies on real images, those that need weights with real public ones."""
 
 import json
 from pathlib import Path
@@ -40,3 +40,27 @@ def test_an_experiment_reaches_its_accuracy(
     manifest = json.loads((tmp_path / "run/run.json").read_text())
     assert manifest["metrics"]["accuracy"] >= least_accuracy
     print(f"{experiment}: accuracy {manifest['metrics']['accuracy']:.4f} in {manifest['seconds']:.0f} s")
+
+
+@pytest.mark.timeout(5400)
+def test_the_prototypes_of_omniglot_reach_their_accuracies(tmp_path: Path, real_data: Path) -> None:
+    status = main(
+        [
+            "meta",
+            "experiment=omniglot_prototypes",
+            f"data.path={real_data}/omniglot.parquet",
+            f"runs_dir={tmp_path}",
+            "name=run",
+            "cluster=inline",
+        ]
+    )
+    assert status == 0
+    manifest = json.loads((tmp_path / "run/run.json").read_text())
+    table = {(row["num_ways"], row["num_shots"]): row for row in manifest["results"]["table"]}
+    for (ways, shots), row in table.items():
+        assert row["batchnorm"] == "inductive"
+        assert row["num_episodes"] >= 600
+        assert 0 < row["ci95"] < 0.01
+        print(f"omniglot_prototypes: {ways} ways, {shots} shots: {row['accuracy']:.4f} ± {row['ci95']:.4f}")
+    assert table[5, 1]["accuracy"] >= 0.97
+    assert table[5, 5]["accuracy"] >= 0.99

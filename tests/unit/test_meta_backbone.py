@@ -12,11 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftstack.backbones.registry import build
+from graftstack.backbones.weights import load_weights
 from graftstack.cli import main
 from graftstack.config.compose import compose_job
-from graftstack.config.meta import MetaConfig
+from graftstack.config.meta import MetaConfig, MethodName
+from graftstack.config.schema import BackboneConfig
+from graftstack.finetune.artifact import ModelCard
+from graftstack.meta.artifact import save_meta
 from graftstack.meta.episodes import EpisodeSampler, training_shape
+from graftstack.meta.model import MetaModel, MetaState
 from graftstack.meta.task import prepare_meta
+from graftstack.storage import Folder
 
 NUM_EPISODES = 16
 COMMON = ("data=digits", "data.image_size=16", "backbone=conv4", "cluster=inline", "cluster.cpus_per_worker=1")
@@ -111,6 +118,29 @@ def test_where_training_keeps_no_running_statistics_they_are_those_of_its_episod
         moments.append(torch.stack([seen.mean(dim=(0, 2, 3)), seen.var(dim=(0, 2, 3))]))
     for name, expected in zip(("mean", "var"), torch.stack(moments).mean(dim=0), strict=True):
         torch.testing.assert_close(kept[f"backbone.block1.norm.running_{name}"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_positions_are_kept_beside_what_is_learnt(tmp_path: Path) -> None:
+    config = MetaConfig(backbone=BackboneConfig(name="swin_t"), method=MethodName.prototypes)
+    model = MetaModel(config, image_size=32, num_classes=2, device=torch.device("cpu"))
+    state = MetaState(np.zeros_like(model.initial(build("swin_t")).parameters), np.empty(0, np.float32))
+    card = ModelCard(
+        backbone="swin_t",
+        class_names=("a", "b"),
+        image_size=32,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        freeze_depth=0,
+        keeps_head=False,
+    )
+    save_meta(Folder(tmp_path), model, state, card)
+    backbone = build("swin_t")
+    table = backbone.backbone_state()["features.1.0.attn.relative_position_index"]
+    expected = table.clone()
+    table.zero_()
+    load_weights(backbone, f"{tmp_path}/model.safetensors")
+    assert torch.equal(table, expected)
+    assert not any(parameter.any() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
 def test_another_backbone_doesnt_take_its_weights(trained: Path, capsys: Capture) -> None:

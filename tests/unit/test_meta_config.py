@@ -113,7 +113,7 @@ def test_help_names_every_method_and_both_kinds_of_batchnorm(capsys: Capture) ->
         (["eval.num_ways=[5,1]"], "eval.num_ways=1: must be at least 2; raise it"),
         (["eval.num_shots=[0]"], "eval.num_shots=0: must be at least 1; raise it"),
         (["eval.test_fraction=0"], "eval.test_fraction=0.0: must be greater than 0"),
-        (["eval.test_fraction=1.5"], "eval.test_fraction=1.5: must lie in [0.0, 1.0)"),
+        (["eval.test_fraction=1.5"], "eval.test_fraction=1.5: must be at most 1; lower it"),
         (["eval.test_fraction=0.7", "eval.val_fraction=0.3"], "eval.val_fraction=0.3: leave no class to train on; "),
         (["eval.batchnorm=both"], "eval.batchnorm=both: "),
         (["method=mamel"], "method=mamel: "),
@@ -182,9 +182,10 @@ def test_only_what_adapts_has_episodes_to_vectorise() -> None:
 
 def test_no_worker_is_without_an_episode_of_a_step() -> None:
     assert refused("cluster.num_workers=6", "episodes_per_step=4") == (
-        "cluster.num_workers=6: a step has episodes_per_step=4, so 2 of them would idle; use as many, or raise "
-        "episodes_per_step"
+        "cluster.num_workers=6: a step of episodes_per_step=4 is shared out in 4 parts, so 2 of them would idle; use 4 "
+        "or fewer"
     )
+    assert "in 32 parts, so 16 of them" in refused("cluster.num_workers=48", "episodes_per_step=64", "num_episodes=64")
     assert compose("cluster.num_workers=4", "episodes_per_step=4").cluster.max_workers == 4
     measured = compose("cluster.num_workers=4", "num_episodes=0", "backbone.weights=x.pth")
     assert measured.cluster.max_workers == 4, "evaluation has more to share out than a step"

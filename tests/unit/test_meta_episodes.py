@@ -202,13 +202,18 @@ PARTS = ["train"] * 6 + ["val"] * 3 + ["test"] * 5
     ("options", "counts", "message"),
     [
         ({"num_ways": 3}, [16] * 14, None),
-        ({"num_ways": 5}, [16] * 14, r"num_ways=5: .* than validate, which 3 do; use at most 3, or let more validate"),
+        (
+            {"num_ways": 5},
+            [16] * 14,
+            r"num_ways=5: .* than validate, which 3 do; use at most 3, or let more validate, or none "
+            r"\(eval\.classes\)\Z",
+        ),
         ({"num_ways": 2, "eval_num_ways": [5]}, [16] * 14, None),
         (
             {"num_ways": 3, "eval_num_ways": [3, 6]},
             [16] * 14,
             r"eval\.num_ways=6: an episode takes more classes than test, which 5 do; use at most 5, or let more test "
-            r"\(eval\.test_fraction or eval\.classes\)",
+            r"\(eval\.classes\)\Z",
         ),
         ({"num_ways": 3, "train": {"num_ways": 6}}, [16] * 14, None),
         (
@@ -246,23 +251,61 @@ def test_episodes_that_are_larger_than_the_data_are_refused(
     options: dict[str, Any], counts: list[int], message: str | None
 ) -> None:
     config = meta(**options)
-    split = split_classes(image_data(counts, parts=PARTS), config)
+    data = image_data(counts, parts=PARTS)
+    split = split_classes(data, config)
     if message is None:
-        check_episodes(split, config)
+        check_episodes(split, data, config)
         return
     with pytest.raises(DataError, match=rf"\A{message}") as caught:
-        check_episodes(split, config)
+        check_episodes(split, data, config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "options", "keys"),
+    [
+        (Source.digits, None, {}, r"eval\.test_fraction or eval\.classes"),
+        (Source.omniglot, PARTS, {}, r"eval\.classes"),
+        (Source.parquet, PARTS, {}, r"data\.split or eval\.classes"),
+        (Source.parquet, PARTS, {"eval_classes": ["c0"]}, r"eval\.classes"),
+    ],
+)
+def test_what_lets_more_classes_test_is_what_says_which_do(
+    source: Source, parts: Sequence[str] | None, options: dict[str, Any], keys: str
+) -> None:
+    data_config = DataConfig(source=source, path=None if source is Source.digits else "x")
+    config = meta(data=data_config, num_ways=8, num_episodes=0, rotations=False, **options)
+    data = image_data([16] * 14, parts=parts)
+    with pytest.raises(DataError, match=rf"let more test \({keys}\)\Z"):
+        check_episodes(split_classes(data, config), data, config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "source", "key"),
+    [
+        (None, Source.digits, r"eval\.val_fraction"),
+        (["train"] * 9 + ["test"] * 5, Source.parquet, r"eval\.val_fraction"),
+        (PARTS, Source.parquet, r"data\.split or eval\.classes"),
+    ],
+)
+def test_what_lets_more_classes_validate_is_what_says_which_do(
+    parts: Sequence[str] | None, source: Source, key: str
+) -> None:
+    data_config = DataConfig(source=source, path=None if source is Source.digits else "x")
+    config = meta(data=data_config, num_ways=4, eval_val_fraction=0.2, eval_test_fraction=0.4)
+    data = image_data([16] * 14, parts=parts)
+    with pytest.raises(DataError, match=rf"let more validate, or none \({key}\)\Z"):
+        check_episodes(split_classes(data, config), data, config)
 
 
 def test_turned_classes_count_but_are_not_named() -> None:
     data = image_data([16, 16, 15, 16], parts=["train", "train", "test", "test"])
     config = meta(num_ways=8, rotations=True)
     with pytest.raises(DataError, match=r"there are fewer of c2 \(15\);"):
-        check_episodes(split_classes(data, config), config)
+        check_episodes(split_classes(data, config), data, config)
     config = meta(num_ways=9, rotations=True)
     with pytest.raises(DataError, match="which 8 do"):
-        check_episodes(split_classes(data, config), config)
+        check_episodes(split_classes(data, config), data, config)
 
 
 # episodes

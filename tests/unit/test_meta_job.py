@@ -1,6 +1,7 @@
 """A whole meta-training, as a person starts it: what it says, what it measures and what it leaves."""
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -19,9 +20,12 @@ from graftstack.backbones.weights import load_weights
 from graftstack.cli import main
 from graftstack.config.compose import compose_job
 from graftstack.config.meta import MetaConfig, MethodName
-from graftstack.meta import training
+from graftstack.meta import plan, training
 from graftstack.meta.artifact import load_meta
 from graftstack.meta.episodes import EpisodeSampler, EpisodeShape
+from graftstack.meta.model import MetaModel
+from graftstack.meta.runner import BlockGradient
+from graftstack.meta.scoring import Score
 from graftstack.meta.task import prepare_meta
 from graftstack.meta.training import MetaProgress, Pace
 from graftstack.report.meta_progress import meta_display
@@ -191,12 +195,79 @@ def test_a_plan_tells_what_would_be_trained_and_leaves_nothing(tmp_path: Path, c
     for said in ("prototypes, BatchNorm inductive", "5 train, 0 validation, 5 held out", "2-way 1-shot, 3-way 1-shot"):
         assert said in text
     assert main([*given, "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert (plan["num_episodes"], plan["num_steps"], plan["num_blocks"], plan["num_images"]) == (24, 6, 4, 1797)
-    assert plan["evaluation"] == [[2, 1], [3, 1]]
-    assert plan["num_parameters"] == 3 * 64 * 9 + 3 * (64 * 64 * 9) + 4 * (64 + 64 + 64), "kernels, biases, BatchNorm"
-    assert plan["predicted_s"] > 24 * plan["episode_s"] > 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["num_episodes"], planned["num_steps"], planned["num_blocks"], planned["num_images"]) == (
+        24,
+        6,
+        4,
+        1797,
+    )
+    assert planned["evaluation"] == [[2, 1], [3, 1]]
+    assert planned["num_parameters"] == 3 * 64 * 9 + 3 * (64 * 64 * 9) + 4 * (64 + 64 + 64), (
+        "kernels, biases, BatchNorm"
+    )
+    assert planned["predicted_s"] > 24 * planned["episode_s"] > 0
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        # 3 steps at 2 * 5 s on 2 workers. The start and 3 validations embed all images of their classes, and so
+        # does the evaluation, at 1 s for each, however many episodes there are.
+        (["eval.num_episodes=1000", "eval.num_val_episodes=1000"], lambda val, test: 3 * 5 + (4 * val + test) / 2),
+        (["eval.num_episodes=9000", "eval.num_val_episodes=5000"], lambda val, test: 3 * 5 + (4 * val + test) / 2),
+        # 5 and 20 episodes of 2 classes, 1 shot and 5 queries don't get round to all images.
+        ([], lambda _, __: 3 * 5 + (4 * 5 + 20) * 2 * 6 / 2),
+        # Where each is normalised by itself, it embeds its own, in 1 s.
+        (["eval.batchnorm=transductive"], lambda _, __: 3 * 5 + (4 * 5 + 20) / 2),
+    ],
+)
+def test_a_plan_embeds_each_image_once_where_episodes_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], expected: Callable[[int, int], float]
+) -> None:
+    config = compose_job(
+        "meta", words(tmp_path, "planned", "num_episodes=6", "episodes_per_step=2", "eval.every_episodes=2",
+                      "eval.val_fraction=0.2", "cluster=local", "cluster.num_workers=2", *overrides)[1:]
+    )  # fmt: skip
+    assert isinstance(config, MetaConfig)
+    task = prepare_meta(config)
+    clock = Clock()
+    monkeypatch.setattr(plan, "time", clock)
+    model = MetaModel(config, image_size=16, num_classes=len(task.classes.train), device=torch.device("cpu"))
+    found = plan.plan_of(task, model, clock)
+    val, test = (int(part.counts.sum()) for part in task.classes[1:])
+    assert found.predicted_s == pytest.approx(expected(val, test))
+
+
+class Clock:
+    """A crew that takes 5 s for each block of a training step, and 1 s for each image and each episode."""
+
+    num_workers = 1
+    waiting_for = None
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(
+        self, method: str, args_list: Sequence[Any], *, shared: Sequence[Any], poll: Callable[[int], None] = id
+    ) -> list[Any]:
+        state = shared[0]
+        if method == "gradient":
+            self.now += 5 * len(args_list)
+            return [BlockGradient(state.parameters, [0.0], [0.0], []) for _ in args_list]
+        if method == "features":
+            self.now += sum(len(rows) for rows, _ in args_list)
+            return [np.zeros((len(rows), 64), np.float32) for rows, _ in args_list]
+        blocks = [args[-1] for args in args_list]
+        self.now += sum(block.stop - block.start for block in blocks)
+        return [[Score(0.5, 0.5)] * (block.stop - block.start) for block in blocks]
+
+    def close(self) -> None:
+        pass
 
 
 # Every method
@@ -212,7 +283,9 @@ def test_a_plan_tells_what_would_be_trained_and_leaves_nothing(tmp_path: Path, c
 def test_every_method_trains_and_leaves_a_model(
     tmp_path: Path, capsys: Capture, method: MethodName, batchnorm: str
 ) -> None:
-    small = ("num_episodes=4", "episodes_per_step=2", "eval.num_episodes=4", "inner_steps=1", "num_shots=2")
+    small: tuple[str, ...] = ("num_episodes=4", "episodes_per_step=2", "eval.num_episodes=4", "num_shots=2")
+    if method.adapts or method is MethodName.finetune_baseline:
+        small += ("inner_steps=1",)
     given = words(tmp_path, "run", f"method={method.value}", f"eval.batchnorm={batchnorm}", *small)
     assert main(given) == 0
     assert f" {batchnorm} " in capsys.readouterr().err
@@ -287,7 +360,7 @@ def test_zero_episodes_measure_a_backbone_on_one_tap(tmp_path: Path, capsys: Cap
         assert found["details"]["weights"] == f"conv4 with {weights}"
         forwards.append(found["details"]["backbone_forwards"])
         given_weights, kept = load_file(weights), load_file(tmp_path / f"runs/{method}/model/model.safetensors")
-        assert len(kept) == 4 * (2 + 4)
+        assert len(kept) == 4 * (2 + 5)
         assert all(torch.equal(given_weights[name.removeprefix("backbone.")], tensor) for name, tensor in kept.items())
     assert forwards == [1797, 0], "the second reads what the first has stored"
 

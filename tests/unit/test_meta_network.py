@@ -133,7 +133,7 @@ def test_statistics_that_no_batch_moved_stay() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", [MethodName.maml, MethodName.prototypes])
 def test_every_family_can_be_meta_trained(name: str, method: MethodName) -> None:
-    config = MetaConfig(method=method, num_ways=2, inner_lr=0.01, inner_steps=1)
+    config = MetaConfig(method=method, num_ways=2, **({"inner_lr": 0.01, "inner_steps": 1} if method.adapts else {}))
     net = network(name, head_size=head_size(config))
     learner: Adapting | Embedding = make_method(config, net, num_classes=2)
     params = {key: tensor.requires_grad_() for key, tensor in learner.meta_parameters().items()}

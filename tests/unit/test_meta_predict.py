@@ -21,7 +21,10 @@ from graftstack.backbones.backbone import Backbone
 from graftstack.backbones.registry import build
 from graftstack.backbones.weights import load_weights
 from graftstack.cli import main
+from graftstack.config.schema import DataConfig, Source
+from graftstack.data.table import read_table
 from graftstack.finetune.model import without_prefix
+from graftstack.finetune.predict import data_at
 from graftstack.meta.artifact import load_meta
 from graftstack.meta.episode_images import EpisodeBatch
 from graftstack.storage import Folder
@@ -315,20 +318,20 @@ def test_a_class_of_which_every_image_is_skipped_is_named(
     assert "--support: none of the images of class 9 can be decoded; give others" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("steps", "named"), [(1, 1), (3, 2)])
-def test_an_inner_loop_that_diverges_names_the_step(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, named: int
+@pytest.mark.parametrize(("rate", "steps", "named"), [(1e30, 1, 1), (1e30, 3, 1), (1e10, 3, 2)])
+def test_an_inner_loop_that_diverges_names_the_step_that_leaves_the_numbers(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: float, steps: int, named: int
 ) -> None:
     shutil.copytree(place / "runs/maml", tmp_path / "maml")
     card = tmp_path / "maml/model/meta.json"
     about = json.loads(card.read_text())
-    about["config"] |= {"inner_lr": 1e30}
+    about["config"] |= {"inner_lr": rate}
     about["config"]["eval"] |= {"inner_steps": steps}
     card.write_text(json.dumps(about))
     support = write(tmp_path / "s.parquet", shots(five=1, seven=1, nine=1))
     words = ["predict", f"{tmp_path}/maml", "digits", "--support", support, "--out", f"{tmp_path}/p.parquet"]
     assert main(words) == 1
-    said = f"inner_lr=1e+30: the inner loop diverged at its step {named} on this support set; use"
+    said = f"inner_lr={rate:g}: the inner loop diverged at its step {named} on this support set; use"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "p.parquet").exists()
 
@@ -425,6 +428,37 @@ def test_other_parts_and_other_data_have_classes_of_their_own(graftstack: Comman
     assert found[data] == found[f"{data} --split all"]
     assert len(set(found.values())) == 4
     assert all(0.4 < accuracy <= 1 for accuracy in found.values())
+
+
+@pytest.fixture
+def characters(tmp_path: Path) -> dict[str, str]:
+    """Where the same images lie: in Omniglot's Parquet file, a folder of such, as torchvision leaves it, and else."""
+    images = pq.read_table(write(tmp_path / "plain.parquet", range(4)))["png"]
+    columns = {"image": images, "alphabet": ["Greek"] * 4, "character": ["a", "a", "b", "b"], "split": ["train"] * 4}
+    (tmp_path / "folder").mkdir()
+    for name in ("own.parquet", "folder/part.parquet"):
+        pq.write_table(pa.table(columns), tmp_path / name)
+    for kind, parent in (("torchvision", "omniglot-py/images_background/Greek"), ("images", ".")):
+        for image, character, index in zip(images.to_pylist(), "aabb", range(4), strict=True):
+            folder = tmp_path / kind / parent / character
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index}.png").write_bytes(image)
+    return {name: f"{tmp_path}/{name}" for name in ("own.parquet", "folder", "torchvision", "images", "plain.parquet")}
+
+
+@pytest.mark.parametrize("name", ["own.parquet", "folder", "torchvision"])
+def test_a_run_of_omniglot_takes_other_data_of_its_kind(characters: dict[str, str], name: str) -> None:
+    own = DataConfig(source=Source.omniglot, path="mine.parquet", num_train_per_class=3)
+    data = data_at(characters[name], own)
+    assert (data.source, data.num_train_per_class) == (Source.omniglot, None)
+    assert read_table(data).class_names == ("Greek/a", "Greek/b")
+    assert data_at(characters[name], DataConfig()).source is not Source.omniglot
+
+
+def test_a_run_of_omniglot_takes_other_data_as_they_are(characters: dict[str, str]) -> None:
+    own = DataConfig(source=Source.omniglot, path="mine.parquet")
+    assert read_table(data_at(characters["images"], own)).class_names == ("a", "b")
+    assert data_at(characters["plain.parquet"], own).source is Source.parquet
 
 
 def test_a_table_is_what_a_person_sees(graftstack: Command) -> None:

@@ -229,6 +229,20 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert calls["gradient"] == 4
 
 
+def test_accuracies_of_other_weights_arent_kept(tmp_path: Path, weights: str) -> None:
+    tensors = load_file(weights)
+    file = tmp_path / "mine.safetensors"
+    save_file(tensors, file)
+    overrides = ("num_episodes=0", "eval.batchnorm=transductive", f"backbone.weights={file}")
+    with pytest.raises(KeyboardInterrupt):
+        launch(tmp_path, "broken", *overrides, display=Display(num_evaluated=2))
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(
+        TrainingError, match="the initial weights have changed since accuracy was measured; start a new run"
+    ):
+        launch(tmp_path, "broken", *overrides, "resume=true")
+
+
 def test_a_training_isnt_resumed_from_other_weights(tmp_path: Path, weights: str) -> None:
     tensors = load_file(weights)
     file = tmp_path / "mine.safetensors"

@@ -4,6 +4,7 @@ What the runners are made of, and what the blocks of a step share, lies once on 
 in Ray's object store, where NumPy arrays are read in place.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from graftstack.cluster.blocks import Blocks
 from graftstack.cluster.process import RunnerProcess
 from graftstack.cluster.references import done, last_line, result_of, why_lost
 from graftstack.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 # How long to wait for a block before others are given a sign of life.
 _POLL_S = 1.0
@@ -241,6 +244,7 @@ class RayCrew:
             node = None
         self._nodes_of_lost.append(node)
         self._why_lost = why_lost(error, memory_remedy=_MEMORY_REMEDY)
+        log.warning("lost a worker (%s)", self._why_lost)
         # Others may be gone with it. That isn't the fault of blocks that they would be given next.
         while self._idle:
             other = self._idle.popleft()

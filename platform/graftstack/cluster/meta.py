@@ -1,5 +1,6 @@
 """Launching `meta`: check everything, open the run, train and measure wherever it is to run."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -11,7 +12,7 @@ from graftstack.cluster.resources import check_nodes, check_resources, cluster_r
 from graftstack.cluster.session import ray_session
 from graftstack.config.meta import MetaConfig
 from graftstack.config.schema import ClusterKind
-from graftstack.machine import keep_freed_memory, usable_cpus
+from graftstack.machine import usable_cpus
 from graftstack.runs import Run
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from graftstack.meta.job import Listener
     from graftstack.meta.model import MetaModel
     from graftstack.meta.plan import MetaPlan
-    from graftstack.meta.runner import RunnerSettings
     from graftstack.meta.tapped import TappedFeatures
     from graftstack.meta.task import MetaTask
     from graftstack.meta.training import MetaProgress
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # Images take no more of a node's object store than this share: parameters and gradients pass through it too.
 _SHARE_OF_STORE = 0.5
+
+# Nobody is told of a wait shorter than this, in seconds: workers always take a while to start.
+_LONG_WAIT_S = 10.0
 
 
 class MetaDisplay(Display, Protocol):
@@ -101,18 +104,19 @@ def _known_features(
 
 def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisplay) -> "MetaPlan":
     """Checks a meta-training and returns what it would do; goes through a few episodes, to see how long they take."""
+    from graftstack.meta.inline import inline_crew
     from graftstack.meta.plan import plan_of
     from graftstack.meta.task import prepare_meta
 
     checked = check("meta", config, overrides)
     task = prepare_meta(checked.config, progress=display.reading)
-    return plan_of(task, _model(task), _crew_of_one(task))
+    return plan_of(task, _model(task), inline_crew(task))
 
 
 def _idle_cpus(config: MetaConfig) -> str | None:
     """Returns how more workers would help, where each has one thread and CPUs are left over."""
     num_workers, num_cpus = config.cluster.max_workers, usable_cpus()
-    most = min(num_cpus, config.episodes_per_step)
+    most = min(num_cpus, config.num_blocks)
     if config.cluster.kind is not ClusterKind.local or config.num_threads(num_cpus) > 1 or most <= num_workers:
         return None
     return (
@@ -122,18 +126,24 @@ def _idle_cpus(config: MetaConfig) -> str | None:
 
 
 class _Waiting:
-    """Says what a crew waits for, once, where nothing goes on."""
+    """Says what a crew waits for, once, where nothing has gone on for long."""
 
     def __init__(self, crew: "Crew", display: MetaDisplay) -> None:
         self._crew = crew
         self._display = display
+        self._since: float | None = None
         self._said: str | None = None
 
     def __call__(self, _num_done: int) -> None:
         reason = self._crew.waiting_for
-        if reason is not None and reason != self._said:
+        if reason is None:
+            self._since = self._said = None
+            return
+        if self._since is None:
+            self._since = time.monotonic()
+        if time.monotonic() - self._since >= _LONG_WAIT_S and reason != self._said:
             self._display.say(f"waiting for {reason}")
-        self._said = reason
+            self._said = reason
 
 
 @contextmanager
@@ -141,18 +151,31 @@ def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
     """Opens what goes through the episodes, for the block: this process, or several of a cluster."""
     cluster = task.config.cluster
     if not needs_group(cluster):
-        yield _crew_of_one(task)
+        from graftstack.meta.inline import inline_crew
+
+        yield inline_crew(task)
         return
     with ray_session(cluster, verbose=verbose):
+        import torch
+
         from graftstack.cluster.crew import RayCrew
-        from graftstack.meta.runner import EpisodeRunner
+        from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 
         resources = cluster_resources()
         check_resources(cluster, resources)
         num_threads = task.config.num_threads(cpus_per_worker(cluster, resources))
         check_nodes(cluster, num_threads)
+        # What this process computes itself is to be the same on any number of workers too.
+        torch.set_num_threads(num_threads)
+        settings = RunnerSettings(
+            config=task.config,
+            classes=task.classes,
+            images=_shared_images(task),
+            preprocessing=task.preprocessing,
+            device="cuda" if cluster.gpus_per_worker else "cpu",
+        )
         crew = RayCrew(
-            partial(EpisodeRunner, _settings(task, _shared_images(task))),
+            partial(EpisodeRunner, settings),
             num_workers=cluster.max_workers,
             num_cpus=num_threads,
             num_gpus=cluster.gpus_per_worker,
@@ -164,30 +187,6 @@ def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
             yield crew
         finally:
             crew.close()
-
-
-def _crew_of_one(task: "MetaTask") -> "Crew":
-    """Returns this process."""
-    import torch
-
-    from graftstack.meta.crew import InlineCrew
-    from graftstack.meta.runner import EpisodeRunner
-
-    torch.set_num_threads(task.config.num_threads(usable_cpus()))
-    keep_freed_memory()
-    return InlineCrew(EpisodeRunner(_settings(task, task.data.images)))
-
-
-def _settings(task: "MetaTask", images: "Images") -> "RunnerSettings":
-    from graftstack.meta.runner import RunnerSettings
-
-    return RunnerSettings(
-        config=task.config,
-        classes=task.classes,
-        images=images,
-        preprocessing=task.preprocessing,
-        device="cuda" if task.config.cluster.gpus_per_worker else "cpu",
-    )
 
 
 def _shared_images(task: "MetaTask") -> "Images":

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from graftstack.config.checks import above, at_least, fraction
+from graftstack.config.checks import above, at_least, at_most, fraction
 from graftstack.config.schema import (
     BackboneConfig,
     CheckpointConfig,
+    DataConfig,
     JobConfig,
     PlainOptimizerConfig,
     Precision,
@@ -38,6 +39,12 @@ class MethodName(Enum):
 
 
 _ADAPTING = (MethodName.maml, MethodName.fomaml, MethodName.anil, MethodName.reptile, MethodName.meta_sgd)
+# A step has no more blocks than these, and so feeds no more workers: each block sends one gradient.
+_MOST_BLOCKS = 32
+
+# Episodes that are gone through at once where they are vectorised.
+_EPISODES_AT_ONCE = 8
+
 _JOINT = (MethodName.supcon, MethodName.triplet)
 _WITHOUT_INNER_LOOP = (MethodName.prototypes, *_JOINT)
 
@@ -81,17 +88,18 @@ class EvalConfig:
     num_episodes: int = 600
     """Episodes of each way and shot, of whose accuracies the mean and its 95 % confidence interval are reported."""
     batchnorm: BatchNormMode = BatchNormMode.inductive
-    """inductive (a query is classified as if it came alone), or transductive (the queries are normalised together)."""
+    """inductive (a query is classified as if it came alone: normalised with running statistics, or, where the network
+    adapts, with the support set's) or transductive (with the episode's own; where the network adapts, the queries')."""
     num_ways: list[int] = field(default_factory=list)
     """A table over these ways; empty: num_ways alone."""
     num_shots: list[int] = field(default_factory=list)
     """A table over these shots; empty: num_shots alone."""
     inner_steps: int | None = None
-    """Steps of the inner loop in evaluation; null: inner_steps."""
+    """Steps of the inner loop in evaluation; null: inner_steps if given, else as suits the method."""
     classes: list[Any] = field(default_factory=list)
     """Held-out classes; empty: those that the source says are for testing, or else a random share."""
     test_fraction: float = 0.5
-    """Share of the classes that is held out where nothing says which."""
+    """Share of the classes that is held out where nothing says which; 1 with num_episodes=0: all."""
     val_fraction: float = 0.0
     """Share of the classes that validates where nothing says which; 0: the last step's model is kept."""
     every_episodes: int | None = None
@@ -104,18 +112,13 @@ class EvalConfig:
         at_least("eval.inner_steps", self.inner_steps, 1)
         at_least("eval.every_episodes", self.every_episodes, 1)
         at_least("eval.num_val_episodes", self.num_val_episodes, 2)
-        fraction("eval.test_fraction", self.test_fraction)
-        fraction("eval.val_fraction", self.val_fraction)
         above("eval.test_fraction", self.test_fraction, 0)
+        at_most("eval.test_fraction", self.test_fraction, 1)
+        fraction("eval.val_fraction", self.val_fraction)
         for ways in self.num_ways:
             at_least("eval.num_ways", ways, 2)
         for shots in self.num_shots:
             at_least("eval.num_shots", shots, 1)
-        if self.test_fraction + self.val_fraction >= 1:
-            raise ConfigError(
-                f"eval.test_fraction={self.test_fraction}, eval.val_fraction={self.val_fraction}: leave no class to "
-                "train on; lower one of them"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ class MetaConfig(JobConfig):
     precision: Precision = Precision.fp32
     """fp32 or bf16 (autocast)."""
     execution: Execution = Execution.auto
-    """loop (one episode after another), vmap (those of a block at once), or auto: vmap on a GPU, loop on a CPU."""
+    """loop (one episode after another), vmap (eight at once), or auto: vmap on a GPU; on a CPU the loop is quicker."""
     select: Select = Select.best
     """The run's model: the best in validation, if there are classes for it, or the last."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(min_interval_s=30.0))
@@ -187,6 +190,12 @@ class MetaConfig(JobConfig):
         self._check_episodes()
         self._check_method()
         self._check_workers()
+        self._check_fractions()
+        if self.data.val_fraction != DataConfig.val_fraction:
+            raise ConfigError(
+                f"data.val_fraction={self.data.val_fraction}: whole classes validate, not a share of the images; use "
+                "eval.val_fraction"
+            )
 
     def _check_episodes(self) -> None:
         if not self.num_episodes and self.backbone.weights == "none":
@@ -214,7 +223,12 @@ class MetaConfig(JobConfig):
                     f"num_episodes=0: method={method.value} is nothing without training; use prototypes or "
                     "finetune_baseline, or more episodes"
                 )
-        for key, value in (("inner_lr", self.inner_lr), ("inner_steps", self.inner_steps)):
+        inner = {
+            "inner_lr": self.inner_lr,
+            "inner_steps": self.inner_steps,
+            "eval.inner_steps": self.eval.inner_steps,
+        }
+        for key, value in inner.items():
             if value is not None and method in _WITHOUT_INNER_LOOP:
                 raise ConfigError(f"{key}={value}: method={method.value} has no inner loop; leave it out")
         if self.inner_batch_size is not None and method is not MethodName.reptile:
@@ -225,11 +239,19 @@ class MetaConfig(JobConfig):
             )
 
     def _check_workers(self) -> None:
-        num, parts = self.cluster.max_workers, self.episodes_per_step
+        num, parts = self.cluster.max_workers, self.num_blocks
         if num > parts and self.num_episodes:
             raise ConfigError(
-                f"cluster.num_workers={num}: a step has episodes_per_step={parts}, so {num - parts} of them would "
-                "idle; use as many, or raise episodes_per_step"
+                f"cluster.num_workers={num}: a step of episodes_per_step={self.episodes_per_step} is shared out in "
+                f"{parts} parts, so {num - parts} of them would idle; use {parts} or fewer"
+            )
+
+    def _check_fractions(self) -> None:
+        """Where other things say which classes are held out, or nothing trains, the fractions aren't read together."""
+        test, val = self.eval.test_fraction, self.eval.val_fraction
+        if self.num_episodes and not self.eval.classes and test + val >= 1:
+            raise ConfigError(
+                f"eval.test_fraction={test}, eval.val_fraction={val}: leave no class to train on; lower one of them"
             )
 
     def num_threads(self, share: int) -> int:
@@ -239,6 +261,23 @@ class MetaConfig(JobConfig):
         one where a step can be shared out, and as many workers use all CPUs.
         """
         return self.cluster.cpus_per_worker or (share if self.episodes_per_step == 1 else 1)
+
+    @property
+    def num_blocks(self) -> int:
+        """In how many parts a step can be shared out: the same for any number of workers."""
+        num_at_once = _EPISODES_AT_ONCE if self.is_vectorised else 1
+        return min(-(-self.episodes_per_step // num_at_once), _MOST_BLOCKS)
+
+    @property
+    def is_vectorised(self) -> bool:
+        """Whether the episodes of a block are gone through at once."""
+        on_gpu = self.execution is Execution.auto and self.cluster.gpus_per_worker > 0
+        return self.method.adapts and (self.execution is Execution.vmap or on_gpu)
+
+    @property
+    def is_by_features(self) -> bool:
+        """Whether no query depends on another in evaluation, so that each image is embedded once for all episodes."""
+        return not self.method.adapts and self.eval.batchnorm is BatchNormMode.inductive
 
     @property
     def num_steps(self) -> int:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from graftstack.config.schema import DataConfig, OnBadImage, Source
 from graftstack.data.load import ImageData, load_images
+from graftstack.data.location import locate
 from graftstack.errors import BadInputError, DataError
 from graftstack.finetune.artifact import ModelCard, load_model
 from graftstack.finetune.inference import predict_logits
@@ -24,6 +26,7 @@ from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 
 _SOURCE_OF_SUFFIX = {".parquet": Source.parquet, ".pq": Source.parquet, ".csv": Source.csv}
+_OMNIGLOT_FOLDERS = {"images_background", "images_evaluation", "omniglot-py"}
 
 
 def data_of_run(run: Run) -> DataConfig:
@@ -39,13 +42,15 @@ def data_at(location: str, like: DataConfig) -> DataConfig:
     """Returns all rows at `location`, their images and labels found as in the run's own data where that applies.
 
     `location` is a Parquet or CSV file, a folder of images, or `digits`; a folder is one of Parquet files if it
-    holds some and the run learnt from such.
+    holds some and the run learnt from such. It is read as Omniglot if the run learnt from that and it is laid out so.
     """
     if location == Source.digits.value:
         return DataConfig(source=Source.digits, classes=like.classes if like.source is Source.digits else [])
     source = _SOURCE_OF_SUFFIX.get(PurePosixPath(location).suffix.lower(), Source.image_folder)
     if source is Source.image_folder and like.source is Source.parquet and _holds_parquet(location):
         source = Source.parquet
+    if like.source is Source.omniglot and _is_omniglot(location):
+        source = Source.omniglot
     if source is like.source:
         return replace(like, path=location, split=None, group=None, features=[], drop=[], num_train_per_class=None)
     if source is Source.image_folder:
@@ -121,6 +126,19 @@ def _place(out: str) -> tuple[Folder, str]:
 
 def _holds_parquet(location: str) -> bool:
     return any(name.endswith(".parquet") for name in Folder(location).names())
+
+
+def _is_omniglot(location: str) -> bool:
+    """Whether there is what `graftstack.data.sources.omniglot` reads: alphabets and characters."""
+    if _OMNIGLOT_FOLDERS & set(Folder(location).names()):
+        return True
+    try:
+        place = locate(location)
+        files = [place.path] if place.is_file else [place.full(path) for path in place.find(frozenset({".parquet"}))]
+        with place.fs.open(files[0], "rb") as file:
+            return {"alphabet", "character"} <= set(pq.read_schema(file).names)
+    except (DataError, IndexError, pa.ArrowException, OSError):  # nothing, a folder of other things, another format
+        return False
 
 
 def _rows_of(images: ImageData, part: str) -> np.ndarray:

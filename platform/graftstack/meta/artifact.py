@@ -38,7 +38,8 @@ def save_meta(folder: Folder, model: MetaModel, state: MetaState, card: ModelCar
     from safetensors.torch import save
 
     params, statistics = model.parameters(state), model.statistics(state)
-    backbone = {name: tensor for name, tensor in params.items() if name.startswith(_BACKBONE)} | statistics
+    learnt = {name: tensor for name, tensor in params.items() if name.startswith(_BACKBONE)}
+    backbone = learnt | statistics | model.network.constants()  # all that its own library stores
     others = {name: tensor for name, tensor in params.items() if not name.startswith(_BACKBONE)}
     for name, tensors in ((WEIGHTS, backbone), (META_WEIGHTS, others)):
         folder.write(name, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,14 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        """Differs where an episode could: it is of the images of each class, and of how they are turned."""
+        digest = blake2b(digest_size=16)
+        for array in (self.rows, self.turns):
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 class ClassSplit(NamedTuple):
@@ -79,7 +88,7 @@ def split_classes(data: ImageData, config: MetaConfig) -> ClassSplit:
     return ClassSplit(*(_classes(data, part, num_turns=4 if turn else 1) for part in rows))
 
 
-def check_episodes(split: ClassSplit, config: MetaConfig) -> None:
+def check_episodes(split: ClassSplit, data: ImageData, config: MetaConfig) -> None:
     """Makes sure that there are classes and images enough for every episode that `config` asks for.
 
     Those are training episodes, episodes of `num_ways` and `num_shots` on the classes that validate, if there are
@@ -90,7 +99,7 @@ def check_episodes(split: ClassSplit, config: MetaConfig) -> None:
     """
     for demand in _demands(split, config):
         if len(demand.classes) < demand.ways.value:
-            raise _too_few_classes(demand, config)
+            raise _too_few_classes(demand, _remedy(demand.verb, data, config))
         if (demand.classes.counts < demand.shots.value + demand.queries.value).any():
             raise _too_few_images(demand)
 
@@ -215,16 +224,23 @@ def _in_training(setting: _Setting, config: MetaConfig) -> _Setting:
     return setting if value is None else _Setting(f"train.{setting.key}", value)
 
 
-def _too_few_classes(demand: _Demand, config: MetaConfig) -> DataError:
+def _remedy(verb: str, data: ImageData, config: MetaConfig) -> str:
+    """Names the keys that are read: a source that splits its classes itself leaves no share to set."""
     if config.eval.classes:
-        source = "eval.classes"
+        testing, validating = "eval.classes", "eval.val_fraction"
+    elif data.split is None:
+        testing, validating = "eval.test_fraction or eval.classes", "eval.val_fraction"
     else:
-        source = "data.split" if config.data.split is not None else "eval.test_fraction or eval.classes"
-    remedy = {
-        "train": f"let fewer test ({source})",
-        "validate": "let more validate, or none (eval.val_fraction, data.split)",
-        "test": f"let more test ({source})",
-    }[demand.verb]
+        testing = "data.split or eval.classes" if config.data.has_columns else "eval.classes"
+        validating = testing if (data.split == "val").any() else "eval.val_fraction"
+    return {
+        "train": f"let fewer test ({testing})",
+        "validate": f"let more validate, or none ({validating})",
+        "test": f"let more test ({testing})",
+    }[verb]
+
+
+def _too_few_classes(demand: _Demand, remedy: str) -> DataError:
     num = len(demand.classes)
     lower = f"use at most {num}, or " if num > 1 else ""
     return DataError(

@@ -17,11 +17,6 @@ class Crew(Protocol):
         ...
 
     @property
-    def num_losses(self) -> int:
-        """How often a process, or a node with all of them that it had, has been lost so far."""
-        ...
-
-    @property
     def waiting_for(self) -> str | None:
         """What there must be before any block can go on, for people; None: nothing keeps them waiting."""
         ...
@@ -64,7 +59,6 @@ class InlineCrew:
     """One runner in this process; it works while it is called."""
 
     num_workers = 1
-    num_losses = 0
     waiting_for = None
 
     def __init__(self, runner: Any) -> None:

@@ -86,15 +86,9 @@ class Evaluation:
         self._tell = tell
         self._poll = poll
 
-    @property
-    def is_by_features(self) -> bool:
-        """Whether no query depends on another, so that each image is embedded once for all episodes of all shapes."""
-        config = self._model.config
-        return not config.method.adapts and config.eval.batchnorm is BatchNormMode.inductive
-
     def measure(self, state: MetaState, shapes: Sequence[EpisodeShape], *, num_episodes: int) -> list[Measured]:
         """Returns the accuracy for each shape; the episodes are the same at each call."""
-        if self.is_by_features:
+        if self._model.config.is_by_features:
             scores = self._by_features(state, shapes, num_episodes)
         else:
             scores = [self._by_episodes(state, shape, num_episodes) for shape in shapes]

@@ -10,8 +10,9 @@ from torch.func import grad, vmap
 from graftstack.meta.batchnorm import Found, batch_statistics
 from graftstack.meta.episode_images import EpisodeBatch
 from graftstack.meta.episodes import EpisodeShape
-from graftstack.meta.methods import Adapting, Embedding, Outcome
-from graftstack.meta.network import Network, Params
+from graftstack.meta.methods import Adapting, Outcome
+from graftstack.meta.model import MetaModel
+from graftstack.meta.network import Params
 
 # The fields of a batch before its numbers.
 _NUM_TENSORS = EpisodeBatch._fields.index("num_ways")
@@ -36,7 +37,7 @@ class Embedded(NamedTuple):
     """The images of an episode as features."""
 
     features: Tensor
-    """[ways * (shots + queries), D], those of one class after those of another, support images first."""
+    """fp32 [ways * (shots + queries), D], those of one class after those of another, support images first."""
     classes: Tensor
     """int64 [ways * (shots + queries)]: positions among the classes of training."""
     moments: Params
@@ -76,14 +77,14 @@ def vectorised(
 
 
 def of_embeddings(
-    method: Embedding, network: Network, params: Params, statistics: Params, batches: Iterable[EpisodeBatch]
+    model: MetaModel, params: Params, statistics: Params, batches: Iterable[EpisodeBatch]
 ) -> EpisodeGradients:
     """Embeds one episode after another, each with a loss of its own."""
     leaves = as_leaves(params)
     slopes, losses, accuracies, moments = _Sum(), [], [], []
     for batch in batches:
-        embedded = embed(network, leaves, statistics, batch)
-        found = method.loss(leaves, embedded.features, embedded.classes, shape_of(batch))
+        embedded = embed(model, leaves, statistics, batch)
+        found = model.embedding.loss(leaves, embedded.features, embedded.classes, shape_of(batch))
         slopes.add(torch.autograd.grad(found.loss, list(leaves.values()), materialize_grads=True))
         losses.append(found.loss.detach())
         accuracies.append(found.num_correct / found.num_counted)
@@ -91,15 +92,15 @@ def of_embeddings(
     return EpisodeGradients(slopes.by_name(leaves), losses, accuracies, [], moments)
 
 
-def embed(network: Network, params: Params, statistics: Params, batch: EpisodeBatch) -> Embedded:
+def embed(model: MetaModel, params: Params, statistics: Params, batch: EpisodeBatch) -> Embedded:
     """Returns the features of an episode, normalised with the moments of all its images together."""
     found: Found = {}
     with batch_statistics(found=found):
-        features = network.features(params, statistics, torch.cat([batch.support, batch.queries]))
+        features = model.features(params, statistics, torch.cat([batch.support, batch.queries]))
     support, queries = features.tensor_split([len(batch.support)])
     by_class = torch.cat([part.unflatten(0, (batch.num_ways, -1)) for part in (support, queries)], dim=1)
     classes = batch.classes.repeat_interleave(by_class.shape[1])
-    return Embedded(by_class.flatten(0, 1), classes, network.moments(statistics, found))
+    return Embedded(by_class.flatten(0, 1), classes, model.network.moments(statistics, found))
 
 
 def pulled_back(leaves: Params, embedded: Sequence[Embedded], slopes: Tensor) -> Params:

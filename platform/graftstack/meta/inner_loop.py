@@ -4,6 +4,7 @@ All of it is plain tensor arithmetic on `torch.func`, so that it can be differen
 episodes by `torch.func.vmap`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -100,6 +101,15 @@ def episode_features(
     with batch_statistics(num_rows=num):
         features = network.features(params, statistics, torch.cat([batch.support, batch.queries]))
     return Features(features[:num], features[num:])
+
+
+def diverged_step(losses: Sequence[float]) -> int | None:
+    """Returns the number of inner steps after which a loss is no longer finite; None: all are.
+
+    Args:
+        losses: After 0, 1, ... steps. At 0 it is the meta-parameters that are at fault, and no step.
+    """
+    return next((num_steps for num_steps, loss in enumerate(losses) if not math.isfinite(loss)), None)
 
 
 def detached(params: Params) -> Params:

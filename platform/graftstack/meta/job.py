@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from graftstack.backbones.weights import hash_state
 from graftstack.config.meta import MetaConfig
+from graftstack.errors import RunError
 from graftstack.finetune.artifact import ModelCard
 from graftstack.finetune.predictions import parquet_bytes
 from graftstack.meta.artifact import save_meta
@@ -83,6 +84,7 @@ class MetaJob:
 
         Raises:
             TrainingError: the training diverged; names the step.
+            RunError: the data, the classes or the initial weights aren't those that the run began with.
             StorageFullError: nothing more can be written; what was saved before stays resumable.
         """
         trained = self._trained()
@@ -134,7 +136,8 @@ class MetaJob:
     def _measured(self, state: MetaState) -> list[Measured]:
         """Returns the table over ways and shots; what an earlier session has measured isn't measured again."""
         shapes = table_shapes(self.config)
-        known = _read_evaluation(self.folder)
+        facts = self._facts()
+        known = _read_evaluation(self.folder, facts)
         missing = [shape for shape in shapes if shape not in known]
         evaluation = Evaluation(
             self.model,
@@ -146,11 +149,20 @@ class MetaJob:
             poll=self.listener.poll,
         )
         # Features are computed once for all shapes; else each is measured, and kept, by itself.
-        for some in [missing] if evaluation.is_by_features and missing else [[shape] for shape in missing]:
+        for some in [missing] if self.config.is_by_features and missing else [[shape] for shape in missing]:
             found = evaluation.measure(state, some, num_episodes=self.config.eval.num_episodes)
             known |= {row.shape: row for row in found}
-            self.folder.write(EVALUATION, json.dumps([row._asdict() for row in known.values()]).encode())
+            rows = [row._asdict() for row in known.values()]
+            self.folder.write(EVALUATION, json.dumps({"facts": facts, "rows": rows}).encode())
         return [known[shape] for shape in shapes]
+
+    def _facts(self) -> dict[str, str]:
+        """What accuracies that are kept rely on beside the training, by the names that an error gives it."""
+        return {
+            "data": self.task.data.fingerprint,
+            "test_classes": self.task.classes.test.digest,
+            "initial_weights": hash_state(self.task.backbone.backbone_state()),
+        }
 
     def _estimated(self, state: MetaState) -> Floats:
         """Returns running statistics for a network that has trained without any: the mean over training episodes.
@@ -184,11 +196,20 @@ def table_shapes(config: MetaConfig) -> list[EpisodeShape]:
     return [EpisodeShape(ways, shots, config.num_queries) for ways in config.eval_ways for shots in config.eval_shots]
 
 
-def _read_evaluation(folder: Folder) -> dict[EpisodeShape, Measured]:
-    with suppress(FileNotFoundError):
-        rows = [Measured(**row) for row in json.loads(folder.read(EVALUATION))]
-        return {row.shape: row for row in rows}
-    return {}
+def _read_evaluation(folder: Folder, facts: dict[str, str]) -> dict[EpisodeShape, Measured]:
+    """Returns what was measured. Raises `RunError` if that was with other `facts`."""
+    try:
+        kept = json.loads(folder.read(EVALUATION))
+    except FileNotFoundError:
+        return {}
+    for name, value in facts.items():
+        if kept["facts"][name] != value:
+            raise RunError(
+                f"{folder.location}: the {name.replace('_', ' ')} have changed since accuracy was measured; start a "
+                "new run"
+            )
+    rows = [Measured(**row) for row in kept["rows"]]
+    return {row.shape: row for row in rows}
 
 
 def _write_curve(folder: Folder, history: tuple[dict[str, Any], ...]) -> None:

@@ -68,6 +68,12 @@ class MetaModel:
         is_bf16 = self.config.precision is Precision.bf16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
+    def features(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
+        """images[N, 3, S, S] -> features[N, D], fp32 whatever the precision: distances are taken between them."""
+        with self.arithmetic():
+            features = self.network.features(params, statistics, images)
+        return features.float() if self.config.precision is Precision.bf16 else features
+
     def initial(self, backbone: Backbone) -> MetaState:
         """Returns the state to begin with: the weights of `backbone`, and what the method adds to them."""
         own = {f"backbone.{name}": tensor for name, tensor in backbone.backbone_state().items()}

@@ -60,6 +60,11 @@ class Network:
         buffers = {name: model.get_buffer(name) for name in sorted(own)}
         return {f"backbone.{name}": tensor.clone() for name, tensor in buffers.items() if tensor.is_floating_point()}
 
+    def constants(self) -> Params:
+        """Returns copies of the backbone's other buffers, which no training changes: tables of positions, counters."""
+        own = self._backbone.backbone_state()
+        return {f"backbone.{name}": tensor.clone() for name, tensor in own.items() if not tensor.is_floating_point()}
+
     def features(self, params: Params, statistics: Params, images: Tensor) -> Tensor:
         """images[N, 3, H, W] -> features[N, feature_dim]."""
         named = {**_of_model(params), **_of_model(statistics)}

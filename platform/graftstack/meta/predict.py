@@ -1,6 +1,5 @@
 """Predicting with the method of a finished run: it learns new classes from a few images of each."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from graftstack.finetune.predictions import prediction_table
 from graftstack.meta.artifact import LoadedMeta, load_meta
 from graftstack.meta.batchnorm import batch_statistics
 from graftstack.meta.episode_images import EpisodeBatch, EpisodeImages
+from graftstack.meta.inner_loop import diverged_step
 from graftstack.meta.methods import Prediction, inner_settings
 from graftstack.runs import Run
 from graftstack.storage import Folder
@@ -149,13 +149,12 @@ def _after_adaptation(learner: LoadedMeta, known: "_Rows", labels: Tensor, asked
 
 def _check_converged(prediction: Prediction, config: MetaConfig) -> None:
     """What the last step leads to shows in the logits alone."""
-    losses = prediction.inner_losses.tolist()
-    for step, value in enumerate([*losses, float(prediction.logits.sum())], start=1):
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"inner_lr={inner_settings(config).lr:g}: the inner loop diverged at its step {min(step, len(losses))} "
-                "on this support set; use a run with a lower one"
-            )
+    num_steps = diverged_step([*prediction.inner_losses.tolist(), float(prediction.logits.sum())])
+    if num_steps is not None:
+        raise TrainingError(
+            f"inner_lr={inner_settings(config).lr:g}: the inner loop diverged at its step {max(1, num_steps)} on this "
+            "support set; use a run with a lower one"
+        )
 
 
 class _Rows(NamedTuple):
@@ -182,8 +181,7 @@ def _in_turn(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _features(learner: LoadedMeta, images: Tensor) -> Tensor:
-    with learner.model.arithmetic():
-        return learner.model.network.features(learner.params, learner.statistics, images).float()
+    return learner.model.features(learner.params, learner.statistics, images)
 
 
 def _is_transductive(learner: LoadedMeta) -> bool:

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from graftstack.backbones.backbone import Backbone
 from graftstack.backbones.registry import build
@@ -16,13 +15,11 @@ from graftstack.data.table import read_table
 from graftstack.errors import DataError, some_of
 from graftstack.finetune.model import without_prefix
 from graftstack.finetune.predict import data_of_run
-from graftstack.machine import keep_freed_memory, usable_cpus
 from graftstack.meta.artifact import LoadedMeta, load_meta
 from graftstack.meta.classes import Classes, ClassSplit, split_classes
-from graftstack.meta.crew import InlineCrew
 from graftstack.meta.evaluation import Evaluation, Measured
+from graftstack.meta.inline import inline_crew
 from graftstack.meta.job import table_shapes
-from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 from graftstack.meta.tapped import TappedFeatures, tapped_features
 from graftstack.meta.task import MetaTask
 from graftstack.runs import Run
@@ -61,8 +58,6 @@ def evaluate_meta(
         split, part, of = _all_test(learner, images, config), "test", f"data={config.data.source.value}"
     classes: Classes = getattr(split, part)
     _check_enough(classes, config, of=of)
-    torch.set_num_threads(config.num_threads(usable_cpus()))
-    keep_freed_memory()
     task = MetaTask(
         config=config,
         data=images,
@@ -71,14 +66,7 @@ def evaluate_meta(
         preprocessing=learner.card.preprocessing,
         weights_used="",
     )
-    settings = RunnerSettings(
-        config=config,
-        classes=split,
-        images=images.images,
-        preprocessing=task.preprocessing,
-        device="cuda" if config.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu",
-    )
-    crew = InlineCrew(EpisodeRunner(settings))
+    crew = inline_crew(task)
     state = learner.model.pack(learner.params, learner.statistics)
     taps: AbstractContextManager[TappedFeatures | None] = nullcontext()
     if not config.num_episodes:  # what the run has measured it has read from a tap

@@ -1,6 +1,5 @@
 """One process's share of meta-learning: it holds the images, is told the state, and goes through episodes."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from graftstack.backbones.preprocessing import Preprocessing
-from graftstack.config.meta import Execution, MetaConfig
+from graftstack.config.meta import MetaConfig
 from graftstack.data.images import Images
 from graftstack.errors import TrainingError
 from graftstack.finetune.inference import inference_batch_size
@@ -27,6 +26,7 @@ from graftstack.meta.gradients import (
     pulled_back,
     vectorised,
 )
+from graftstack.meta.inner_loop import diverged_step
 from graftstack.meta.methods.inner_defaults import inner_settings
 from graftstack.meta.model import Floats, MetaModel, MetaState
 from graftstack.meta.network import Params
@@ -98,14 +98,12 @@ class EpisodeRunner:
         """
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         batches = self._batches(block)
-        with self.model.arithmetic():
-            if not self.config.method.adapts:
-                model = self.model
-                found = of_embeddings(model.embedding, model.network, params, statistics, batches)
-            elif self._is_vectorised:
-                found = vectorised(self.model.adapting, params, statistics, batches)
-            else:
-                found = looped(self.model.adapting, params, statistics, batches)
+        if self.config.method.adapts:
+            adapt = vectorised if self.config.is_vectorised else looped
+            with self.model.arithmetic():
+                found = adapt(self.model.adapting, params, statistics, batches)
+        else:
+            found = of_embeddings(self.model, params, statistics, batches)
         self._check_finite(found, block)
         return BlockGradient(
             self.model.flat_parameters(found.total),
@@ -119,7 +117,7 @@ class EpisodeRunner:
         self._kept = {kept: graph for kept, graph in self._kept.items() if self._step_of(kept) == self._step_of(block)}
         _, embedded = self._kept[block] = self._embedded(state, block)
         return BlockFeatures(
-            torch.cat([part.features.detach().float() for part in embedded]).cpu().numpy(),
+            torch.cat([part.features.detach() for part in embedded]).cpu().numpy(),
             torch.cat([part.classes for part in embedded]).cpu().numpy(),
             [self.model.flat_statistics(part.moments) for part in embedded],
         )
@@ -153,11 +151,8 @@ class EpisodeRunner:
         """
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         sampler = EpisodeSampler(getattr(self._classes, part), shape, seed=self.config.seed, part=part)
-        with self.model.arithmetic():
-            return [
-                score(self.model, params, statistics, self._images.batch(sampler.episode(index)))
-                for index in range(*block)
-            ]
+        batches = (self._images.batch(sampler.episode(index)) for index in range(*block))
+        return [score(self.model, params, statistics, batch) for batch in batches]
 
     @torch.no_grad()
     def features(self, state: MetaState, rows: npt.NDArray[np.int64], turns: npt.NDArray[np.int64]) -> Floats:
@@ -171,10 +166,9 @@ class EpisodeRunner:
         params, statistics = self.model.parameters(state), self.model.statistics(state)
         size = inference_batch_size(self.model.image_size)
         pieces = []
-        with self.model.arithmetic():
-            for begin in range(0, len(rows), size):
-                images = self._images.items(rows[begin : begin + size], turns[begin : begin + size])
-                pieces.append(self.model.network.features(params, statistics, images).float().cpu())
+        for begin in range(0, len(rows), size):
+            images = self._images.items(rows[begin : begin + size], turns[begin : begin + size])
+            pieces.append(self.model.features(params, statistics, images).cpu())
         return torch.cat(pieces).numpy()
 
     def _batches(self, block: Block) -> Iterator[EpisodeBatch]:
@@ -184,13 +178,7 @@ class EpisodeRunner:
 
     def _embedded(self, state: MetaState, block: Block) -> tuple[Params, list[Embedded]]:
         leaves, statistics = as_leaves(self.model.parameters(state)), self.model.statistics(state)
-        with self.model.arithmetic():
-            return leaves, [embed(self.model.network, leaves, statistics, batch) for batch in self._batches(block)]
-
-    @property
-    def _is_vectorised(self) -> bool:
-        execution = self.config.execution
-        return execution is Execution.vmap or (execution is Execution.auto and self.device.type == "cuda")
+        return leaves, [embed(self.model, leaves, statistics, batch) for batch in self._batches(block)]
 
     def _step_of(self, block: Block) -> int:
         return block.start // self.config.episodes_per_step
@@ -199,7 +187,7 @@ class EpisodeRunner:
         inner = found.inner_losses or [torch.empty(0)] * len(found.losses)
         for episode, (before, after) in enumerate(zip(inner, found.losses, strict=True), start=block.start):
             losses = [*before.tolist(), float(after)]
-            num_steps = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
+            num_steps = diverged_step(losses)
             if num_steps:
                 raise TrainingError(
                     f"inner_lr={inner_settings(self.config).lr:g}: the inner loop of episode {episode} diverged at its "

@@ -26,12 +26,13 @@ class Score(NamedTuple):
 def score(model: MetaModel, params: Params, statistics: Params, batch: EpisodeBatch) -> Score:
     """Returns the score of an episode by itself: after adaptation, or in features normalised with its own moments."""
     if model.config.method.adapts:
-        prediction = model.adapting.query_logits(params, statistics, batch)
+        with model.arithmetic():
+            prediction = model.adapting.query_logits(params, statistics, batch)
         # What the last step breaks shows in the logits alone.
         is_diverged = not all(bool(torch.isfinite(numbers).all()) for numbers in prediction)
         return Score(_accuracy(prediction.logits, batch.query_labels), is_diverged=is_diverged)
     with torch.no_grad(), batch_statistics():
-        features = model.network.features(params, statistics, torch.cat([batch.support, batch.queries])).float()
+        features = model.features(params, statistics, torch.cat([batch.support, batch.queries])).cpu()
     support, queries = features.tensor_split([len(batch.support)])
     return score_features(model.embedding, support, queries, num_ways=batch.num_ways)
 
@@ -41,7 +42,7 @@ def score_features(method: Embedding, support: Tensor, queries: Tensor, *, num_w
 
     Args:
         method: Classifies them.
-        support: [ways * shots, D], those of one class after those of another.
+        support: fp32 [ways * shots, D], on the CPU, those of one class after those of another.
         queries: [ways * queries, D], likewise.
         num_ways: Classes.
     """

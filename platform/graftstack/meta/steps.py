@@ -15,9 +15,6 @@ from graftstack.meta.methods import inner_settings
 from graftstack.meta.model import Floats, MetaModel, MetaState
 from graftstack.meta.runner import Block, BlockFeatures, BlockGradient
 
-# A step has no more blocks than these, and so feeds no more workers: each block sends one gradient.
-_MOST_BLOCKS = 32
-
 
 class StepGradient(NamedTuple):
     """What the episodes of a step say together."""
@@ -37,8 +34,7 @@ def blocks_of(step: int, config: MetaConfig) -> list[Block]:
     How many there are depends on its episodes alone, so that sums are the same to the bit on any number of workers.
     """
     num, first = config.episodes_per_step, step * config.episodes_per_step
-    num_blocks = min(num, _MOST_BLOCKS)
-    bounds = [first + num * index // num_blocks for index in range(num_blocks + 1)]
+    bounds = [first + num * index // config.num_blocks for index in range(config.num_blocks + 1)]
     return [Block(start, stop) for start, stop in pairwise(bounds)]
 
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from graftstack.amounts import size
-from graftstack.config.meta import BatchNormMode
 from graftstack.data.splits import Splits
 from graftstack.errors import StorageFullError
 from graftstack.finetune.model import graft
@@ -116,9 +115,8 @@ def _covered(task: MetaTask) -> _Positions:
 def _suits(task: MetaTask, part: str, rows: _Positions) -> bool:
     """Whether a tap of `rows` has what an evaluation of a part asks for. Turned images are no rows of the data."""
     config = task.config
-    is_by_features = not config.method.adapts and config.eval.batchnorm is BatchNormMode.inductive
     is_turned = bool(getattr(task.classes, part).turns.any())
-    return is_by_features and not is_turned and bool(np.isin(_rows_of(task, part), rows).all())
+    return config.is_by_features and not is_turned and bool(np.isin(_rows_of(task, part), rows).all())
 
 
 def _rows_of(task: MetaTask, part: str) -> _Positions:

@@ -46,7 +46,7 @@ def prepare_meta(config: MetaConfig, *, progress: Callable[[int, int], None] | N
     source = read_table(config.data)
     data = images_of(source, config.data, image_size=preprocessing.image_size, progress=progress)
     classes = split_classes(data, config)
-    check_episodes(classes, config)
+    check_episodes(classes, data, config)
     backbone = initial.restored()
     backbone.freeze(0)
     return MetaTask(

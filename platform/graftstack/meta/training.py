@@ -5,10 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +18,6 @@ from graftstack.finetune.model import without_prefix
 from graftstack.finetune.optimizers import OPTIMIZERS, decay_groups, set_lr
 from graftstack.finetune.schedules import lr_factor
 from graftstack.finetune.state import load_optimizer_slots, optimizer_slots
-from graftstack.meta.classes import Classes
 from graftstack.meta.crew import Crew
 from graftstack.meta.methods import meta_sgd
 from graftstack.meta.model import MetaModel, MetaState
@@ -282,7 +279,7 @@ class MetaTraining:
         """What a checkpoint leaves out and relies on, by the names that an error gives it."""
         return {
             "data": self.task.data.fingerprint,
-            "training_classes": _digest(self.task.classes.train),
+            "training_classes": self.task.classes.train.digest,
             "initial_weights": hash_state(self.task.backbone.backbone_state()),
         }
 
@@ -298,10 +295,3 @@ class MetaTraining:
         groups = decay_groups(weights, config.lr, config)
         groups += decay_groups(rates, config.lr, replace(config, weight_decay=0.0))
         return OPTIMIZERS[config.name](groups, config)
-
-
-def _digest(classes: Classes) -> str:
-    digest = blake2b(digest_size=16)
-    for array in (classes.rows, classes.turns):
-        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
