@@ -109,8 +109,8 @@ class Watched:
         time.sleep(PATIENCE_S)
 
 
-class Crew:
-    """The watched runners of a run, seen from outside."""
+class Log:
+    """What the watched runners of a run were asked."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -211,15 +211,37 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Crew]:
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
     """Has the next crew watched: ``watch(num_workers, *held)``."""
 
-    def watch(num_workers: int, *held: Call) -> Crew:
+    def watch(num_workers: int, *held: Call) -> Log:
         (tmp_path / "watched").mkdir()
         monkeypatch.setattr(runner, "EpisodeRunner", partial(Watched, tmp_path / "watched", num_workers, held))
-        return Crew(tmp_path / "watched")
+        return Log(tmp_path / "watched")
 
     return watch
+
+
+@pytest.fixture
+def free(cluster: tuple[str, str]) -> Iterator[Callable[[], None]]:
+    """Takes all CPUs of the cluster until it is called."""
+    import ray
+
+    class Occupant:
+        def is_there(self) -> bool:
+            return True
+
+    sizes = sorted((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), reverse=True)
+    occupants = [ray.remote(Occupant).options(num_cpus=size).remote() for size in sizes]
+    assert all(ray.get([occupant.is_there.remote() for occupant in occupants], timeout=PATIENCE_S))
+    wait_until(lambda: not ray.available_resources().get("CPU"))
+
+    def free() -> None:
+        while occupants:
+            ray.kill(occupants.pop())
+
+    yield free
+    free()
 
 
 def words(runs_dir: Path, name: str, *overrides: str) -> list[str]:
@@ -303,41 +325,41 @@ def assert_cluster_is_clean() -> None:
 def test_workers_that_share_each_step_end_in_the_meta_parameters_of_one_process(
     cluster: tuple[str, str],
     unbroken: Callable[[str], Path],
-    watch: Callable[..., Crew],
+    watch: Callable[..., Log],
     tmp_path: Path,
     method: str,
     num_workers: int,
 ) -> None:
-    expected, crew = unbroken(method), watch(num_workers)
+    expected, log = unbroken(method), watch(num_workers)
     assert meta(tmp_path, "shared", *METHODS[method], *cluster, f"cluster.num_workers={num_workers}") == 0
-    assert len(crew.calls) == num_workers
-    assert set(crew.num_each.values()) == {1}, "a block was gone through twice"
+    assert len(log.calls) == num_workers
+    assert set(log.num_each.values()) == {1}, "a block was gone through twice"
     assert_same(tmp_path / "shared", expected)
     if method == "fomaml":  # which is evaluated episode by episode
-        assert crew.num_scoring == num_workers
+        assert log.num_scoring == num_workers
     assert_cluster_is_clean()
 
 
 def test_the_block_of_a_killed_worker_goes_to_the_survivor_and_no_other_is_gone_through_again(
     cluster: tuple[str, str],
     unbroken: Callable[[str], Path],
-    watch: Callable[..., Crew],
+    watch: Callable[..., Log],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # The survivor is killed as well, once it holds the features of a whole step.
-    held = Call("embed", 10 * PER_STEP + 1), Call("pull_back", 12 * PER_STEP + 2)
-    expected, crew, killer = unbroken("supcon"), watch(2, *held), Killer(tmp_path / "watched", held)
+    # The survivor is killed as well, while it holds features of that step.
+    held = Call("embed", 10 * PER_STEP + 1), Call("pull_back", 10 * PER_STEP + 2)
+    expected, log, killer = unbroken("supcon"), watch(2, *held), Killer(tmp_path / "watched", held)
     killer.start()
     assert meta(tmp_path, "broken", *METHODS["supcon"], *cluster, "cluster.num_workers=2") == 0
     assert killer.titles == ["ray::_CrewProcess.go_through"] * 2
     first, second = killer.killed
-    assert crew.askers(held[0]) == {first, second}, "it waited for a replacement"
-    assert len(crew.askers(held[1]) - {first, second}) == 1
-    assert crew.calls[first][-1] == held[0]
-    assert crew.calls[second][-1] == held[1]
+    assert log.askers(held[0]) == {first, second}, "it waited for a replacement"
+    assert len(log.askers(held[1]) - {first, second}) == 1
+    assert log.calls[first][-1] == held[0]
+    assert log.calls[second][-1] == held[1]
     assert len([said for said in caplog.messages if said.startswith("lost a worker (its process ended")]) == 2
-    assert crew.num_each == Counter(
+    assert log.num_each == Counter(
         [Call(method, start) for method in ("embed", "pull_back") for start in range(NUM_STEPS * PER_STEP)] + [*held]
     )
     assert_same(tmp_path / "broken", expected)
@@ -347,7 +369,7 @@ def test_the_block_of_a_killed_worker_goes_to_the_survivor_and_no_other_is_gone_
 def test_a_killed_driver_and_an_interrupted_one_leave_a_training_that_continues(
     cluster: tuple[str, str],
     unbroken: Callable[[str], Path],
-    watch: Callable[..., Crew],
+    watch: Callable[..., Log],
     start_driver: Callable[..., subprocess.Popen[bytes]],
     tmp_path: Path,
 ) -> None:
@@ -378,10 +400,10 @@ def test_a_killed_driver_and_an_interrupted_one_leave_a_training_that_continues(
     step = newest_step(run)
     assert step < NUM_STEPS, "it was over already"
 
-    crew = watch(2)
+    log = watch(2)
     assert main(shlex.split(way_back)[1:]) == 0
     left = range(step * PER_STEP, NUM_STEPS * PER_STEP)
-    assert crew.num_each == Counter(Call("gradient", start) for start in left), "more is done again than wasn't saved"
+    assert log.num_each == Counter(Call("gradient", start) for start in left), "more is done again than wasn't saved"
     assert_same(run, expected)
     assert_cluster_is_clean()
 
@@ -400,13 +422,16 @@ def test_workers_say_what_one_process_says_of_a_training_that_diverges_and_leave
 
 
 def test_a_training_waits_for_room_in_a_full_cluster_and_says_so(
-    cluster: tuple[str, str], unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: tuple[str, str],
+    free: Callable[[], None],
+    unbroken: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import ray
 
     monkeypatch.setattr(launch, "_LONG_WAIT_S", 0.0)
     expected, num = unbroken("fomaml"), ray.cluster_resources()["CPU"]
-    free = fill_cluster()
     given = words(tmp_path, "late", *METHODS["fomaml"], *cluster)
     display = Freeing(free)
     launch_meta(compose_job("meta", given), overrides=given, display=display)  # type: ignore[arg-type]
@@ -417,39 +442,19 @@ def test_a_training_waits_for_room_in_a_full_cluster_and_says_so(
     assert_cluster_is_clean()
 
 
-def fill_cluster() -> Callable[[], None]:
-    """Takes all CPUs; returns what gives them back."""
-    import ray
-
-    class Occupant:
-        def is_there(self) -> bool:
-            return True
-
-    sizes = sorted((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), reverse=True)
-    occupants = [ray.remote(Occupant).options(num_cpus=size).remote() for size in sizes]
-    assert all(ray.get([occupant.is_there.remote() for occupant in occupants], timeout=PATIENCE_S))
-    wait_until(lambda: not ray.available_resources().get("CPU"))
-
-    def free() -> None:
-        while occupants:
-            ray.kill(occupants.pop())
-
-    return free
-
-
 def test_more_workers_than_the_cluster_has_room_for_are_refused_at_once(
     cluster: tuple[str, str], tmp_path: Path, capsys: Capture
 ) -> None:
     import ray
 
     num = int(ray.cluster_resources()["CPU"])
-    many = ("num_episodes=1000", "episodes_per_step=1000", *cluster)
-    for overrides, complaint in (
-        ((f"cluster.num_workers={num + 1}",), f": needs {num + 1} CPUs and the cluster has {num}; use"),
-        ((f"cluster.cpus_per_worker={num}",), f": the nodes there are hold 0 workers of {num} CPUs and 0 GPUs; use"),
+    for num_workers, complaint in (
+        (2, f"needs {2 * num} CPUs and the cluster has {num}; use cluster.num_workers=1 or less"),
+        (1, f"the nodes there are hold 0 workers of {num} CPUs and 0 GPUs; use fewer"),  # together they have as many
     ):
-        capsys.readouterr()
-        assert meta(tmp_path / "runs", "refused", *many, *overrides) == 2
-        assert complaint in capsys.readouterr().err.splitlines()[-1]
+        wide = (f"cluster.num_workers={num_workers}", f"cluster.cpus_per_worker={num}")
+        assert meta(tmp_path / "runs", "refused", *METHODS["fomaml"], *cluster, *wide) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"graftstack: cluster.num_workers={num_workers}: {complaint}")
     assert not (tmp_path / "runs").exists()
     assert_cluster_is_clean()

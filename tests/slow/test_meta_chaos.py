@@ -31,11 +31,13 @@ class Scene(NamedTuple):
     """The fixture `meta_runs`."""
     nodes: Any
     """The fixture of that name."""
+    name: str
+    """Of the run."""
     driver: subprocess.Popen[bytes]
     draw: random.Random
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        self.runs.wait_until(condition, "killed", self.driver)
+        self.runs.wait_until(condition, self.name, self.driver)
 
     @property
     def busy(self) -> list[psutil.Process]:
@@ -73,12 +75,12 @@ def kill_driver(scene: Scene) -> Scene:
     scene.wait_until(lambda: bool(scene.busy))
     scene.driver.kill()
     assert scene.driver.wait(60) == -signal.SIGKILL
-    assert find_run("killed", str(scene.runs.folder)).manifest.status == "interrupted"
+    assert find_run(scene.name, str(scene.runs.folder)).manifest.status == "interrupted"
     deadline = time.monotonic() + 60
     while scene.nodes.num_workers:
         assert time.monotonic() < deadline, "its workers outlive it"
         time.sleep(0.1)
-    return scene._replace(driver=scene.runs.start("killed", "resume=true"))
+    return scene._replace(driver=scene.runs.start(scene.name, "resume=true"))
 
 
 KILL: dict[str, Callable[[Scene], Scene]] = {"worker": kill_worker, "node": kill_node, "driver": kill_driver}
@@ -86,19 +88,18 @@ KILL: dict[str, Callable[[Scene], Scene]] = {"worker": kill_worker, "node": kill
 
 @pytest.mark.parametrize("seed", [1])
 def test_ten_kills_at_random_moments_change_nothing(nodes: Any, meta_runs: Any, seed: int) -> None:
-    draw = random.Random(seed)
-    driver = meta_runs.start("killed", *meta_runs.fresh, *nodes.overrides, *WORKERS)
-    scene = Scene(meta_runs, nodes, driver, draw)
+    draw, name = random.Random(seed), f"killed-{seed}"
+    driver = meta_runs.start(name, *meta_runs.fresh, *nodes.overrides, *WORKERS)
+    scene = Scene(meta_runs, nodes, name, driver, draw)
+    moments = sorted(draw.sample(range(1, meta_runs.NUM_STEPS - NUM_AT_END), len(KILLS)))
     steps = []
-    for victim, moment in zip(
-        KILLS, sorted(draw.sample(range(1, meta_runs.NUM_STEPS - NUM_AT_END), len(KILLS))), strict=True
-    ):
-        scene.wait_until(lambda moment=moment: meta_runs.newest_step("killed") >= moment)  # type: ignore[misc]
+    for victim, moment in zip(KILLS, moments, strict=True):
+        scene.wait_until(lambda moment=moment: meta_runs.newest_step(name) >= moment)  # type: ignore[misc]
         time.sleep(draw.uniform(0, 0.2))
-        steps.append(meta_runs.newest_step("killed"))
+        steps.append(meta_runs.newest_step(name))
         scene = KILL[victim](scene)
-        print(f"killed a {victim} after {steps[-1]} steps or a few more")
+        print(f"{name}: killed a {victim} after {steps[-1]} of {meta_runs.NUM_STEPS} steps, or a few more")
     assert steps == sorted(steps), "it fell back"
-    meta_runs.end("killed", scene.driver)
-    meta_runs.assert_as_unbroken("killed")
+    meta_runs.end(name, scene.driver)
+    meta_runs.assert_as_unbroken(name)
     nodes.assert_clean()
