@@ -27,9 +27,12 @@ def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["GRAFTSTACK_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Small tensors gain nothing from threads, and pay for them where tests run side by side."""
+    """Small tensors gain nothing from threads, and pay for them where tests run side by side.
+
+    Set for each test: a job that runs in this process leaves its own number behind, on which the last bits depend.
+    """
     import torch
 
     torch.set_num_threads(1)
