@@ -48,7 +48,9 @@ def kill_worker(scene: Scene) -> Scene:
     """Kills a process that goes through a block."""
 
     def kill_one() -> bool:
-        for process in scene.draw.sample(scene.busy, len(scene.busy)):
+        busy = scene.busy
+        scene.draw.shuffle(busy)
+        for process in busy:
             with suppress(psutil.NoSuchProcess):
                 process.suspend()  # so that it stays what it is looked at for
                 if process in scene.busy:
