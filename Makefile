@@ -10,7 +10,7 @@ help:
 	@echo "make demo    the whole story, offline, in about a minute"
 	@echo "make test    all tests but the slow tier"
 	@echo "make check   format, lint, types, import layers"
-	@echo "make bench   side by side with plain PyTorch, Ray Tune and scikit-learn; an hour, on a quiet machine"
+	@echo "make bench   side by side with plain PyTorch, Ray Tune and scikit-learn, and after kills; hours, on a quiet machine"
 	@echo "make rendered   record the objects of k8s/rendered/ anew"
 	@echo "make fmt     format the code and mend what a tool can mend"
 	@echo "make setup   only create $(VENV)"
@@ -29,11 +29,14 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.training_speed
+	$(BIN)/python -m tests.bench.group_speed
 	$(BIN)/python -m tests.bench.sweep_speed
+	$(BIN)/python -m tests.bench.killed_sweep
 	$(BIN)/python -m tests.bench.stacking_speed
 	$(BIN)/python -m tests.bench.stacking_probes
 	$(BIN)/python -m tests.bench.meta_speed
 	$(BIN)/python -m tests.bench.meta_scaling
+	$(BIN)/python -m tests.bench.recovery
 
 rendered: $(READY)
 	$(BIN)/python tests/golden/test_rendered_jobs.py

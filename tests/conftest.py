@@ -1,11 +1,15 @@
 """What all tests share."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +50,72 @@ def embedded_ray() -> Iterator[None]:
 
     with ray_session(ClusterConfig(), verbose=False):
         yield
+
+
+class S3:
+    """A server that speaks S3, `s3_server.py` in a process of its own, and a bucket there."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, REPOSITORY / "tests/s3_server.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
+        self.environ = {"AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": "graftstack", "AWS_SECRET_ACCESS_KEY": "x"}
+        self.bucket = ""
+
+    @cached_property
+    def fs(self) -> Any:
+        """What a test looks into the buckets with."""
+        from s3fs import S3FileSystem
+
+        return S3FileSystem(key="graftstack", secret="x", endpoint_url=self.url, use_listings_cache=False)
+
+    @property
+    def uri(self) -> str:
+        """Of the bucket."""
+        return f"s3://{self.bucket}"
+
+    def ask(self, command: str) -> Any:
+        """Returns the answer of the server to one of its commands."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def requests(self) -> list[str]:
+        """Returns what has been asked since the last time."""
+        return list(self.ask("requests"))
+
+    def close(self) -> None:
+        """Ends the server."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[S3]:
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(_s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """A server with an empty bucket, which the environment leads to; nothing else there does."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in _s3_server.environ.items():
+        monkeypatch.setenv(name, value)
+    _s3_server.bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    _s3_server.fs.mkdir(_s3_server.bucket)
+    _s3_server.requests()
+    return _s3_server
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graftstack.storage import Folder
@@ -44,21 +44,22 @@ class CheckpointStore:
         header["sha256"] = _digest(content, header)
         self.folder.write(f"{stem}.safetensors", content)
         self.folder.write(f"{stem}.json", json.dumps(header).encode())
-        stems = self._stems()
+        names = self.folder.names()
+        stems = _stems(names)
         # Newer ones are damaged, else training would have begun there: they don't count.
         kept = set(stems[: stems.index(stem) + self.num_to_keep])
-        for name in self.folder.names():  # a header, which makes its checkpoint count, comes before its tensors
+        for name in names:  # a header, which makes its checkpoint count, comes before its tensors
             if name.startswith("step-") and name.partition(".")[0] not in kept:
                 self.folder.remove(name)
 
     def latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that verifies, or None. Raises `OSError` where the folder can't be read."""
-        return next(filter(None, map(self._verified, self._stems())), None)
+        return next(filter(None, map(self._verified, _stems(self.folder.names()))), None)
 
     def load(self, step: int) -> Checkpoint | None:
         """Returns the checkpoint after `step` steps if it is there and verifies, or None."""
         stem = _stem(step)
-        return self._verified(stem) if stem in self._stems() else None
+        return self._verified(stem) if stem in _stems(self.folder.names()) else None
 
     def _verified(self, stem: str) -> Checkpoint | None:
         from safetensors.torch import load
@@ -73,11 +74,6 @@ class CheckpointStore:
         log.warning("%s: damaged, so an older checkpoint is used", self.folder.path(stem))
         return None
 
-    def _stems(self) -> list[str]:
-        """Returns the checkpoints' names, newest first."""
-        names = [name.removesuffix(".json") for name in self.folder.names() if name.endswith(".json")]
-        return sorted((name for name in names if name.startswith("step-")), reverse=True)
-
 
 def _digest(content: bytes, header: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(content)
@@ -87,3 +83,9 @@ def _digest(content: bytes, header: Mapping[str, Any]) -> str:
 
 def _stem(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def _stems(files: Iterable[str]) -> list[str]:
+    """Returns the names of the checkpoints among the files of a folder, newest first."""
+    names = (name.removesuffix(".json") for name in files if name.endswith(".json"))
+    return sorted((name for name in names if name.startswith("step-")), reverse=True)

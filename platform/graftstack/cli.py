@@ -4,7 +4,6 @@ import _thread
 import argparse
 import errno
 import io
-import json
 import logging
 import os
 import signal
@@ -13,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -47,7 +45,23 @@ around them:
   evaluate RUN [DATA]        measure a run's model on labelled data
   runs [show|compare]        list, show and compare runs
   demo                       the whole story, offline, on bundled data
-  doctor                     what is wrong with this machine, and the fix
+  doctor [--to ADDRESS|k8s]  what is wrong with this machine, or with a cluster, and the fix
+"""
+
+_ABOUT_DOCTOR = """\
+Looks for what keeps jobs from running, or makes them slow, and prints the fix of each fault in one line.
+
+  graftstack doctor                           this machine: packages, torch and its GPUs, disks, threads, limits, Ray,
+                                              the token, where runs lie, and what a submission sends
+  graftstack doctor --to http://HOST:8265     a Ray cluster: its answer and its token, versions there and here, and, by
+                                              a small job there, each node: storage that all can write and see,
+                                              disks, GPUs against torch, threads, bytecode
+  graftstack doctor --to k8s [k8s.KEY=value …]  Kubernetes, for jobs with these words: who you are and may do, the
+                                              namespace, KubeRay and its version, the queue, and what pods need there;
+                                              it changes nothing
+
+Each line is ok, warn (jobs run, but slower or otherwise than expected) or broken (some jobs can't run). The exit status
+is 1 if anything is broken, 2 if the words of the command don't go together, and 0 otherwise.
 """
 
 
@@ -94,13 +108,11 @@ def _run_job(options: argparse.Namespace) -> int:
         if options.overrides or options.check_leakage:
             words = [*options.overrides, *(["--check-leakage"] if options.check_leakage else [])]
             raise BadInputError(f"--spec {options.spec}: says all of a job; leave {' '.join(words)} out")
-        run_spec(options.command, options.spec, verbose=options.verbose)
-        return EXIT_DONE
+        return run_spec(options.command, options.spec, verbose=options.verbose)
     if options.check_leakage:
         is_clean = check_job_for_leakage(options.command, options.overrides, verbose=options.verbose)
         return EXIT_DONE if is_clean else EXIT_FAILED
-    run_job(options.command, options.overrides, verbose=options.verbose)
-    return EXIT_DONE
+    return run_job(options.command, options.overrides, verbose=options.verbose)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -111,6 +123,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    if options.help:
+        from graftstack.report.explain import pods_help
+
+        print(f"{options.usage}\n{pods_help()}")
+        return EXIT_DONE
     if options.check is not None:
         if options.job is not None:
             raise BadInputError(f"--check {options.check}: looks at a file; leave {options.job} out")
@@ -197,66 +214,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from graftstack.runs import find_run, list_runs
+    from graftstack.report.runs import show_runs
 
-    _check_num_names(options.action, options.names)
-    if options.action == "list":
-        manifests = [run.manifest for run in list_runs(options.runs_dir)]
-    else:
-        manifests = [_with_trials(find_run(name, options.runs_dir)) for name in options.names]
-    if options.json:
-        shown = [_shown(manifest) for manifest in manifests]
-        print(json.dumps(shown[0] if options.action == "show" else shown, indent=2))
-        return EXIT_DONE
-    from graftstack.report import tables
-    from graftstack.report.console import plain_console
-
-    console = plain_console()
-    match options.action:
-        case "list" if not manifests:
-            console.print(f"no runs in {options.runs_dir}", highlight=False)
-        case "list":
-            console.print(tables.runs_table(manifests))
-        case "show":
-            console.print(tables.run_table(manifests[0]))
-            if trials := manifests[0].results.get("trials"):
-                from graftstack.report.sweep_tables import trials_table
-
-                console.print("", trials_table(trials))
-            if bases := manifests[0].results.get("base_models"):
-                from graftstack.report.stack_tables import leaderboard_table
-
-                console.print("", leaderboard_table(bases, manifests[0].results["stack"]))
-            if rows := manifests[0].results.get("table"):
-                from graftstack.report.meta_tables import few_shot_table
-
-                console.print("", few_shot_table(rows))
-        case _:
-            console.print(tables.comparison_table(manifests))
+    show_runs(options.action, options.names, runs_dir=options.runs_dir, as_json=options.json)
     return EXIT_DONE
-
-
-def _check_num_names(action: str, names: Sequence[str]) -> None:
-    least, most = {"list": (0, 0), "show": (1, 1), "compare": (2, 99)}[action]
-    if not least <= len(names) <= most:
-        wanted = {"list": "no run", "show": "one run", "compare": "two runs or more"}[action]
-        raise BadInputError(f"{' '.join(('runs', action, *names))}: takes {wanted}; see graftstack runs --help")
-
-
-def _with_trials(run: Any) -> Any:
-    """Returns the manifest of a run; that of a sweep which isn't done gets the trials that are over."""
-    if run.manifest.job != "sweep" or "trials" in run.manifest.results:
-        return run.manifest
-    from graftstack.sweep.ledger import Ledger, trial_rows
-
-    trials = trial_rows(Ledger(run.folder / "trials").read().values())
-    return replace(run.manifest, results={**run.manifest.results, "trials": trials})
-
-
-def _shown(manifest: Any) -> dict[str, Any]:
-    """Returns what ``--json`` prints of a run: the results of its job stand beside what all jobs have."""
-    shown = {key: value for key, value in asdict(manifest).items() if key not in ("overrides", "process", "results")}
-    return {**shown, **manifest.results}
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -267,9 +228,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from graftstack.doctor import run_doctor
+    from graftstack.doctor import Target, run_doctor
 
-    return EXIT_DONE if run_doctor(as_json=options.json) else EXIT_FAILED
+    target = Target(to=options.to, runs_dir=options.runs_dir, words=options.words)
+    return EXIT_DONE if run_doctor(target, as_json=options.json) else EXIT_FAILED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -313,9 +275,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspection(commands)
     demo = _add(commands, "demo", _demo, text="Pretrain on digits 0-4, fine-tune on 5-9, sweep and stack; offline.")
     demo.add_argument("--runs-dir", default="runs/demo", help="where the demo's runs go; made anew each time")
-    doctor = _add(commands, "doctor", _doctor, text="Check this machine and print the fix for what is wrong.")
-    doctor.add_argument("--json", action="store_true")
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = _add(commands, "doctor", _doctor, text=_ABOUT_DOCTOR)
+    doctor.formatter_class = argparse.RawDescriptionHelpFormatter
+    doctor.add_argument(
+        "words",
+        nargs="*",
+        metavar="k8s.KEY=value",
+        help="--to k8s: those of the jobs that are to run; see submit --help",
+    )
+    doctor.add_argument(
+        "--to",
+        metavar="ADDRESS|k8s",
+        help="where jobs go: k8s, or a Ray cluster by its dashboard, http://HOST:8265; default: this machine",
+    )
+    doctor.add_argument("--json", action="store_true", help="a list of {name, status, detail, fix}")
+    doctor.add_argument(
+        "--runs-dir",
+        metavar="PLACE",
+        help="the path or URI of the runs, which is tried: from here, or from each node of a cluster (default: runs)",
+    )
 
 
 def _add_submission(commands: Any) -> None:
@@ -325,6 +308,7 @@ def _add_submission(commands: Any) -> None:
         _submit,
         text="Run a job on a cluster. Submitting the same again finds what was submitted; a job that failed or was "
         "stopped goes on where it was.",
+        add_help=False,
     )
     submit.add_argument("job", nargs="?", choices=sorted(JOBS))
     submit.add_argument(
@@ -341,6 +325,7 @@ def _add_submission(commands: Any) -> None:
         "--dry-run=server", dest="dry_run", action="store_const", const="server", help="ask the cluster, start nothing"
     )
     submit.add_argument("--check", metavar="FILE", help="only say what is wrong with the RayJobs of a file")
+    submit.add_argument("-h", "--help", action="store_true", help="show this, and the keys of pods")
     jobs = _add(commands, "jobs", _jobs, text="List what was submitted to a cluster; show, follow or stop one of it.")
     jobs.add_argument("action", nargs="?", default="list", choices=("list", "status", "logs", "stop"))
     jobs.add_argument("ids", nargs="*", metavar="SUBMISSION")
@@ -357,6 +342,7 @@ def _add_submission(commands: Any) -> None:
             "$RAY_ADDRESS, else the one on this machine. Its token is in $RAY_AUTH_TOKEN, or in the file "
             "$RAY_AUTH_TOKEN_PATH",
         )
+    submit.set_defaults(usage=submit.format_help())
 
 
 def _add_inspection(commands: Any) -> None:

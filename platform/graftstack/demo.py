@@ -28,6 +28,7 @@ from graftstack.report.sweep_progress import sweep_display
 from graftstack.report.sweep_tables import reuse_line, trials_table
 from graftstack.report.tables import empty_table, number
 from graftstack.runs import Run, list_runs
+from graftstack.storage import is_uri
 
 # Eight by eight pixels say little at their own size to a network with four poolings.
 _COMMON = ("data=digits", "data.image_size=16", "backbone=conv4")
@@ -79,8 +80,10 @@ def run_demo(runs_dir: str) -> None:
     """Runs the demo in `runs_dir`, which holds nothing but earlier demos, and prints its table.
 
     Raises:
-        RunError: the folder holds something else.
+        RunError: the folder holds something else, or is no local one.
     """
+    if is_uri(runs_dir):
+        raise RunError(f"--runs-dir {runs_dir}: the demo's runs lie on a disk; give a path")
     _clear(Path(runs_dir))
     console = plain_console(stderr=True)
     console.print("1. pretraining a conv4 on the digits 0-4", highlight=False)

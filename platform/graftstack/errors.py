@@ -44,8 +44,18 @@ class OutOfMemoryError(GraftstackError):
     """The device has no room for a step; other ranks of a group may have had it."""
 
 
-class StorageFullError(GraftstackError):
-    """Writing failed half-way; what was there before is untouched."""
+class StorageError(GraftstackError):
+    """A place can't be written or read, and the next attempt would fare no better; what was there is untouched."""
+
+
+class StorageFullError(StorageError):
+    """There is no room left."""
+
+
+class StorageUnreachableError(StorageError):
+    """A place at a URI can't be asked, or refuses. At the start of a job that is bad input."""
+
+    exit_status = 2
 
 
 def did_you_mean(value: str, known: Iterable[str], *, num: int = 3) -> str:

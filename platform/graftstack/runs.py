@@ -6,8 +6,6 @@ the manifest's `artifacts`.
 
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from graftstack import owners
 from graftstack.config.plain import flatten
-from graftstack.errors import RunError, did_you_mean
+from graftstack.errors import RunError, TrainingError, did_you_mean
 from graftstack.storage import Folder, is_uri
 
 log = logging.getLogger(__name__)
@@ -26,9 +25,6 @@ Status = Literal["running", "done", "failed", "interrupted"]
 
 MANIFEST = "run.json"
 PROGRESS = "progress.json"
-
-# A process on another host counts as gone when its last sign of life is older than this.
-_SILENCE_S = 60.0
 
 # Keys that say where and how often to run, not what to compute: they may differ between a run and its resumption.
 _FREE_KEYS = (
@@ -65,7 +61,7 @@ class Manifest:
     """What a finished job found, by the names that its kind of job gives it, e.g. the trials of a sweep."""
     error: str | None = None
     process: dict[str, Any] = field(default_factory=dict)
-    """Host and process that work on the run."""
+    """Host and process that work on the run, when that was last heard of, and how often the run was resumed."""
 
 
 # What a manifest that was read must hold; damage that is still JSON is damage too.
@@ -76,7 +72,6 @@ _TYPES = {
     "overrides": list,
     "error": str | None,
 }
-_PROCESS_TYPES = {"host": str, "pid": int, "beat": int | float}
 
 
 class Run:
@@ -90,21 +85,17 @@ class Run:
 
     @classmethod
     def start(cls, runs_dir: str, manifest: Manifest, *, resume: bool) -> "Run":
-        """Opens a new run folder, or the one to continue, for this process to own. Raises `RunError`."""
-        run = cls.check(runs_dir, manifest, resume=resume)
+        """Opens a new run folder, or the one to continue, for this process to own; of several that try, one does.
+
+        Raises `RunError`.
+        """
+        while (run := cls.check(runs_dir, manifest, resume=resume)) is not None and run.manifest.status != "done":
+            if run.take_over(manifest):
+                return run
         if run is None:
             folder = Folder(runs_dir) / manifest.name
-            run = cls(folder, replace(manifest, process=_this_process()))
+            run = cls(folder, replace(manifest, process=owners.this_process(resumption=0)))
             folder.claim(MANIFEST, run._json())
-        elif run.manifest.status != "done":
-            run.folder.sweep()
-            run.update(
-                status="running",
-                error=None,
-                config=manifest.config,
-                overrides=manifest.overrides,
-                process=_this_process(),
-            )
         return run
 
     @classmethod
@@ -128,10 +119,7 @@ class Run:
             )
         run = cls.open(folder)
         if run.manifest.status == "running":
-            owner = run.manifest.process
-            raise RunError(
-                f"name={manifest.name}: process {owner['pid']} on {owner['host']} works on it; wait for it, or stop it"
-            )
+            raise owners.in_use(manifest.name, run.manifest.process)
         _check_same(run.manifest, manifest)
         return run
 
@@ -142,22 +130,59 @@ class Run:
             manifest = Manifest(**json.loads(folder.read(MANIFEST)))
             _check_types(vars(manifest), _TYPES)
             if manifest.process:
-                _check_types(manifest.process, _PROCESS_TYPES)
+                owners.check_process(manifest.process)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise RunError(f"{folder.location}: holds no readable {MANIFEST}; name another run") from error
-        if manifest.status == "running" and _is_gone(manifest.process):
+        if manifest.status == "running" and owners.is_gone(manifest.process):
             manifest = replace(manifest, status="interrupted")
         return cls(folder, manifest)
 
+    def take_over(self, wanted: Manifest) -> bool:
+        """Makes this process the owner of a run that has none, with the settings of `wanted`.
+
+        Returns:
+            False: another process became the owner since the manifest was read.
+
+        Raises:
+            RunError: another process is about to, or nothing can be written.
+        """
+        before = self.manifest.process
+        first = int(before.get("resumption", 0))
+        try:
+            number = owners.claim(self.folder, self.manifest.name, first + 1)
+        except RunError:
+            if self._stored_owner() == before:
+                raise
+            return False
+        try:
+            if self._stored_owner() != before:
+                return False
+            self.folder.sweep()
+            self._write(
+                status="running",
+                error=None,
+                config=wanted.config,
+                overrides=wanted.overrides,
+                process=owners.this_process(resumption=number),
+            )
+            for old in range(max(first, 1), number):  # what was left by processes that ended amid a resumption
+                owners.release(self.folder, old)
+        finally:
+            owners.release(self.folder, number)
+        return True
+
     def beat(self) -> None:
-        """Gives a sign of life, which other hosts go by."""
-        self.update(process=_this_process())
+        """Gives a sign of life, which other hosts go by. Raises `TrainingError` as `update`."""
+        self.update(process=self.manifest.process | {"beat": time.time()})
 
     def update(self, **changes: Any) -> None:
-        """Rewrites the manifest with `changes` and the time spent."""
-        seconds = self._seconds_before + time.monotonic() - self._since
-        self.manifest = replace(self.manifest, seconds=round(seconds, 3), **changes)
-        self.folder.write(MANIFEST, self._json())
+        """Rewrites the manifest with `changes` and the time spent.
+
+        Raises:
+            TrainingError: another process took the run over, as this one had been silent for too long.
+        """
+        self._check_owner()
+        self._write(**changes)
 
     def artifact(self, name: str) -> str:
         """Returns the location of an artifact. Raises `RunError` if the run hasn't made it."""
@@ -167,6 +192,27 @@ class Run:
             raise RunError(
                 f"{self.manifest.name}: the run is {self.manifest.status} and has no {name}; finish it with resume=true"
             ) from None
+
+    def _write(self, **changes: Any) -> None:
+        seconds = self._seconds_before + time.monotonic() - self._since
+        self.manifest = replace(self.manifest, seconds=round(seconds, 3), **changes)
+        self.folder.write(MANIFEST, self._json())
+
+    def _check_owner(self) -> None:
+        owner = self._stored_owner()
+        if owner is not None and not owners.is_same(owner, self.manifest.process):
+            raise TrainingError(
+                f"name={self.manifest.name}: another process took over the run ({owner.get('pid')} on "
+                f"{owner.get('host')}), as this one gave no sign of life; let that one finish it"
+            )
+
+    def _stored_owner(self) -> dict[str, Any] | None:
+        """Returns the owner that the folder names by now; None where it holds no readable manifest any more."""
+        try:
+            return Run.open(self.folder).manifest.process
+        except RunError as error:
+            log.debug("%s", error)
+            return None
 
     def _json(self) -> bytes:
         return json.dumps(asdict(self.manifest), indent=2, sort_keys=True).encode()
@@ -189,13 +235,8 @@ def list_runs(runs_dir: str) -> list[Run]:
     root = Folder(runs_dir)
     if root.is_local and Path(root.location).is_file():
         raise RunError(f"runs_dir={root.location}: a file, not a folder; choose another runs_dir")
-    runs = []
-    for name in _run_names(root):
-        try:
-            runs.append(Run.open(root / name))
-        except RunError as error:
-            log.warning("%s", error)
-    return sorted(runs, key=lambda run: run.manifest.started)
+    runs = root.of_each(_run_names(root), lambda name: _readable(root / name))
+    return sorted(filter(None, runs), key=lambda run: run.manifest.started)
 
 
 def read_progress(folder: Folder) -> dict[str, Any] | None:
@@ -212,7 +253,18 @@ def now() -> str:
 
 
 def _run_names(root: Folder) -> list[str]:
-    return [name for name in root.names() if root.exists(f"{name}/{MANIFEST}")]
+    names = root.names()
+    are_runs = root.of_each(names, lambda name: root.exists(f"{name}/{MANIFEST}"))
+    return [name for name, is_run in zip(names, are_runs, strict=True) if is_run]
+
+
+def _readable(folder: Folder) -> Run | None:
+    """Opens a run, or warns that it can't be read and returns None."""
+    try:
+        return Run.open(folder)
+    except RunError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _check_types(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
@@ -245,26 +297,3 @@ def _check_same(old: Manifest, new: Manifest) -> None:
                 f"{key}={(before | after)[key]}: run {new.name} was started {started} it; {remedy} to continue the "
                 "run, or choose another name"
             )
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _birth(os.getpid()), "beat": time.time()}
-
-
-def _is_gone(process: Mapping[str, Any]) -> bool:
-    if process.get("host") != socket.gethostname():
-        return time.time() - float(process.get("beat", 0.0)) > _SILENCE_S
-    try:
-        os.kill(process["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return process.get("born") != _birth(process["pid"])
-
-
-def _birth(pid: int) -> str | None:
-    """Returns when a process began, in clock ticks since boot, so that a pid used again isn't mistaken for it."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None

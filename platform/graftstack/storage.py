@@ -6,16 +6,25 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graftstack.errors import RunError, StorageFullError
-from graftstack.reason import reason
+from graftstack.remote import ArrowPlace
+
+if TYPE_CHECKING:
+    from graftstack.remote import RemoteFiles
+
+_Name = TypeVar("_Name")
+_Found = TypeVar("_Found")
 
 _UNFINISHED = ".tmp"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NUM_READERS = 16
+# What the system says of a place without room.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG}
 
@@ -29,7 +38,8 @@ class Folder:
     """A folder whose files are written atomically; it pickles as its location.
 
     Locally a file is written beside its final name, flushed to the disk and renamed. An object store shows an object
-    only once it has arrived whole, so there a file is made locally first and then uploaded.
+    only once it has arrived whole; what a writer is to make for it is a local file first. At a URI every method that
+    looks or writes raises `StorageUnreachableError` where the store can't be asked.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -79,23 +89,23 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Puts `data` into the file `name`, replacing what was there. Raises `StorageFullError`, `RunError`."""
-        self.write_with(name, lambda path: _write_bytes(path, data))
+        if self.is_local:
+            self.write_with(name, lambda path: _write_bytes(path, data))
+        else:
+            self._remote().put(name, data)
 
     def write_with(self, name: str, writer: Callable[[Path], Any]) -> None:
         """Lets `writer` make a local file, then puts it into place as `name`, whole or not at all."""
-        if self.is_local:
-            self.make()
-            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
-        else:
-            temporary = Path(tempfile.gettempdir()) / f"graftstack-{uuid.uuid4().hex}.tmp"
+        if not self.is_local:
+            self._upload(name, writer)
+            return
+        self.make()
+        temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
         try:
             writer(temporary)
-            if self.is_local:
-                _flush(temporary)
-                temporary.replace(self.path(name))
-                _flush(Path(self.location))
-            else:
-                self._remote().put_file(str(temporary), self.path(name))
+            _flush(temporary)
+            temporary.replace(self.path(name))
+            _flush(Path(self.location))
         except OSError as error:
             raise _explained(error, self.path(name)) from error
         finally:
@@ -114,10 +124,8 @@ class Folder:
                 raise _explained(error, self.path(name)) from error
             finally:
                 temporary.unlink(missing_ok=True)
-        elif self.exists(name):
+        elif not self._remote().put_new(name, data):
             raise RunError(f"{self.path(name)}: exists already; choose another name")
-        else:
-            self.write(name, data)
 
     def sweep(self, *, older_than_s: float = 0.0) -> None:
         """Removes what killed writers left unfinished, here and in all folders below.
@@ -126,6 +134,7 @@ class Folder:
             older_than_s: Younger files are left alone, for somebody may be writing them; 0: for the owner alone.
         """
         if not self.is_local:
+            self._remote().sweep(older_than_s)
             return
         for leftover in Path(self.location).rglob(f".*{_UNFINISHED}"):
             with suppress(FileNotFoundError):
@@ -134,18 +143,13 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """Returns the content of the file `name`. Raises `FileNotFoundError`."""
-        if self.is_local:
-            return Path(self.path(name)).read_bytes()
-        content: bytes = self._remote().cat_file(self.path(name))
-        return content
+        return Path(self.path(name)).read_bytes() if self.is_local else self._remote().read(name)
 
     def exists(self, name: str = "") -> bool:
         """Returns whether the file or folder `name`, or the folder itself, is there."""
-        target = self.path(name) if name else self.location
         if self.is_local:
-            return Path(target).exists()
-        with self._reaching():
-            return bool(self._remote().exists(target))
+            return Path(self.path(name) if name else self.location).exists()
+        return self._remote().exists(name)
 
     def names(self) -> list[str]:
         """Returns the sorted names of what the folder holds; of a folder that isn't there, none."""
@@ -153,50 +157,49 @@ class Folder:
             root = Path(self.location)
             found = [entry.name for entry in root.iterdir()] if root.is_dir() else []
         else:
-            remote = self._remote()
-            remote.invalidate_cache()
-            try:
-                with self._reaching():
-                    found = [PurePosixPath(entry).name for entry in remote.ls(self.location, detail=False)]
-            except FileNotFoundError:
-                found = []
+            found = self._remote().names()
         return sorted(name for name in found if not name.startswith("."))
+
+    def of_each(self, names: Sequence[_Name], look: Callable[[_Name], _Found]) -> list[_Found]:
+        """Returns what `look` finds for each name; an object store answers after a while, but answers many at once."""
+        if self.is_local:
+            return [look(name) for name in names]
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            return list(readers.map(look, names))
 
     def remove(self, name: str) -> None:
         """Removes the file `name` if it is there."""
         if self.is_local:
             Path(self.path(name)).unlink(missing_ok=True)
-        elif self.exists(name):
-            self._remote().rm_file(self.path(name))
+        else:
+            self._remote().remove(name)
 
     def remove_all(self) -> None:
         """Removes the folder and everything in it."""
         if self.is_local:
             shutil.rmtree(self.location, ignore_errors=True)
-        elif self.exists():
-            self._remote().rm(self.location, recursive=True)
+        else:
+            self._remote().remove_all()
 
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """Turns what a remote file system says when it can't be asked into `RunError`."""
-        try:
-            yield
-        except (FileNotFoundError, RunError):
-            raise
-        except Exception as error:  # each file system has exceptions of its own
-            raise RunError(
-                f"{self.location}: can't be reached ({reason(error)}); check the address and the access"
-            ) from error
+    def for_arrow(self) -> ArrowPlace:
+        """Returns the folder for libraries that go by Arrow's file systems, with the access that is used here."""
+        return ArrowPlace(None, self.location) if self.is_local else self._remote().for_arrow()
 
-    def _remote(self) -> Any:
-        import fsspec
+    def _upload(self, name: str, writer: Callable[[Path], Any]) -> None:
+        """Lets `writer` fill a file without a name, of which a kill leaves nothing, then uploads it."""
+        with tempfile.TemporaryFile() as file:
+            path = Path(f"/dev/fd/{file.fileno()}")
+            try:
+                writer(path)
+            except OSError as error:
+                raise _explained(error, self.path(name)) from error
+            file.seek(0)  # some systems share the place in it with whoever opens that path
+            self._remote().put_file(name, path)
 
-        try:
-            return fsspec.core.url_to_fs(self.location)[0]
-        except (ImportError, ValueError) as error:
-            raise RunError(
-                f"{self.location}: can't be reached ({error}); install its package, or use a path"
-            ) from error
+    def _remote(self) -> "RemoteFiles":
+        from graftstack.remote import RemoteFiles
+
+        return RemoteFiles(self.location)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
@@ -222,7 +225,7 @@ def _flush(path: Path) -> None:
 
 
 def _explained(error: OSError, location: str) -> Exception:
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return StorageFullError(f"{location}: no space left; free some, then run again with resume=true")
     if error.errno in _REFUSED:
         return RunError(f"{location}: can't be written ({error.strerror}); choose another runs_dir")

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
 from graftstack.cluster.session import quiet_ray
+from graftstack.data.sources.png import encode_png
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,6 +46,23 @@ def timed(work: Callable[[], Any]) -> Timed:
 def real_data(name: str) -> Path:
     """Returns where a file of the test data lies."""
     return Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / name
+
+
+def write_images(folder: Path, *, num_images: int, size: int) -> list[str]:
+    """Writes random images of two classes, and returns them as the data of a job."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (num_images, size, size, 3), dtype=np.uint8)
+    table = pa.table(
+        {
+            "image": [encode_png(Image.fromarray(image)) for image in pixels],
+            "label": generator.integers(0, 2, len(pixels)),
+        }
+    )
+    pq.write_table(table, folder / "images.parquet")
+    return [
+        *("data=parquet", f"data.path={folder}/images.parquet", "data.image=image", "data.val_fraction=0.01"),
+        *(f"data.cache_dir={folder}/cache", f"data.image_size={size}"),
+    ]
 
 
 def load_average() -> str:

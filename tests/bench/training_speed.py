@@ -12,16 +12,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from tests.bench.measuring import write_images
 from torch.utils.data import DataLoader, TensorDataset
 
 from graftstack.config.compose import compose_job
-from graftstack.data.sources.png import encode_png
 from graftstack.finetune.task import Task, prepare
 from graftstack.finetune.training import Progress, Training
 from graftstack.runtime import LocalWorker
@@ -33,28 +29,9 @@ _FIRST_STEP = 10
 
 def prepared(options: argparse.Namespace, folder: Path) -> Task:
     """Returns a training of one epoch on random images of two classes."""
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (options.num_images, options.size, options.size, 3), dtype=np.uint8)
-    table = pa.table(
-        {
-            "image": [encode_png(Image.fromarray(image)) for image in pixels],
-            "label": generator.integers(0, 2, len(pixels)),
-        }
-    )
-    pq.write_table(table, folder / "images.parquet")
-    overrides = [
-        "data=parquet",
-        f"data.path={folder}/images.parquet",
-        "data.image=image",
-        "data.val_fraction=0.01",
-        f"data.cache_dir={folder}/cache",
-        f"data.image_size={options.size}",
-        f"backbone={options.model}",
-        f"batch_size={options.batch_size}",
-        "epochs=1",
-        "cluster=inline",
-    ]
-    return prepare(compose_job("finetune", overrides))
+    data = write_images(folder, num_images=options.num_images, size=options.size)
+    training = [f"backbone={options.model}", f"batch_size={options.batch_size}", "epochs=1", "cluster=inline"]
+    return prepare(compose_job("finetune", [*data, *training]))
 
 
 def graftstack_speed(options: argparse.Namespace, folder: Path) -> float:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,9 +19,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
+from tests.cluster.heads import wait_until
 
 from graftstack.cli import main
-from graftstack.cluster import meta as launch
+from graftstack.cluster import patience
 from graftstack.cluster.meta import launch_meta
 from graftstack.config.compose import compose_job
 from graftstack.meta import runner
@@ -270,13 +272,6 @@ def workers() -> list[str]:
     return [each for each in titles if each.startswith("ray::_CrewProcess")]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 def newest_step(run: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in run.glob("checkpoints/step-*.json")), default=0)
 
@@ -430,14 +425,16 @@ def test_a_training_waits_for_room_in_a_full_cluster_and_says_so(
 ) -> None:
     import ray
 
-    monkeypatch.setattr(launch, "_LONG_WAIT_S", 0.0)
+    monkeypatch.setattr(patience, "LONG_WAIT_S", 0.0)
     expected, num = unbroken("fomaml"), ray.cluster_resources()["CPU"]
     given = words(tmp_path, "late", *METHODS["fomaml"], *cluster)
     display = Freeing(free)
     launch_meta(compose_job("meta", given), overrides=given, display=display)  # type: ignore[arg-type]
     amount = f"{num:g} CPUs, 0 of them free and 0 GPUs, 0 of them free"
-    wanted = "room for a worker, which takes 1 CPUs and 0 GPUs"
-    assert display.said[0] == f"waiting for {wanted}: the 2 nodes of the cluster have {amount}"
+    assert re.fullmatch(
+        rf"waiting for room for a worker of 1 CPUs and 0 GPUs, \d+ s more: the 2 nodes of the cluster have {amount}",
+        display.said[0],
+    )
     assert_same(tmp_path / "late", expected)
     assert_cluster_is_clean()
 

@@ -1,19 +1,13 @@
 """A rendered RayJob, run as KubeRay runs it: a head without CPUs, a worker node, a token, and a shell that submits."""
 
-import os
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
+from tests.cluster.heads import node_environment, running_head, running_worker
 
 from graftstack.config.compose import compose_job
 from graftstack.config.k8s import K8sConfig
@@ -34,48 +28,6 @@ WORDS = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def environment(folder: Path) -> dict[str, str]:
-    left_out = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH")
-    own = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-    }
-    return {key: value for key, value in os.environ.items() if key not in left_out} | own
-
-
-def start(words: list[str], storage: Path, folder: Path, stack: ExitStack) -> None:
-    """Starts a node as a pod would: its working folder is the claim, and its temporary folder is its own."""
-    folder.mkdir()
-    log = stack.enter_context((folder / "log").open("wb"))
-    options = ["--block", "--disable-usage-stats", f"--temp-dir={folder}", f"--object-store-memory={100 * 1024**2}"]
-    process = subprocess.Popen(
-        ["ray", "start", *words, *options, "--node-ip-address=127.0.0.1"],
-        cwd=storage,
-        env=environment(folder),
-        stdout=log,
-        stderr=log,
-    )
-    stack.callback(kill, process)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(psutil.NoSuchProcess):
-        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
-
-
 @pytest.fixture(scope="module")
 def job() -> Mapping[str, Any]:
     found: dict[str, Any] = to_manifest(rendered().ray_job)["spec"]
@@ -93,37 +45,18 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(job: Mapping[str, Any], storage: Path) -> Iterator[str]:
-    """A head and one worker, with the parameters and the resources of the manifest."""
+def address(job: Mapping[str, Any], storage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A head and one worker, with the parameters and the resources of the manifest; each is in the claim's folder."""
     cluster = job["rayClusterSpec"]
-    params = {**cluster["headGroupSpec"]["rayStartParams"], "dashboard-host": "127.0.0.1"}
-    port, dashboard = free_port(), free_port()
     (container,) = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"]
-    # Sockets lie in this folder, and the name of a socket is short.
+    head = [f"--{key}={value}" for key, value in cluster["headGroupSpec"]["rayStartParams"].items()]
+    cpus = [f"--num-cpus={container['resources']['limits']['cpu']}"]
+    environ = {"HOME": str(tmp_path_factory.mktemp("home"))}
     with (
-        tempfile.TemporaryDirectory(prefix="rayjob-", dir="/tmp", ignore_cleanup_errors=True) as root,
-        ExitStack() as stack,
+        running_head(TOKEN, head, cwd=storage, environ=environ) as found,
+        running_worker(found, cpus, cwd=storage, environ=environ),
     ):
-        head = [f"--{key}={value}" for key, value in params.items()]
-        ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-        agent = f"--dashboard-agent-listen-port={free_port()}"
-        start(["--head", *head, *ports, agent], storage, Path(root, "head"), stack)
-        found = f"http://127.0.0.1:{dashboard}"
-        wait_for(found)
-        worker = [f"--address=127.0.0.1:{port}", f"--num-cpus={container['resources']['limits']['cpu']}"]
-        start([*worker, f"--dashboard-agent-listen-port={free_port()}"], storage, Path(root, "worker"), stack)
-        yield found
-
-
-def wait_for(address: str) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        with suppress(requests.RequestException):
-            headers = {"Authorization": f"Bearer {TOKEN}"}
-            if requests.get(f"{address}/api/jobs/", headers=headers, timeout=5).ok:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"{address}: no head")
+        yield found.dashboard
 
 
 def test_the_head_answers_nobody_without_the_token(address: str):
@@ -139,7 +72,7 @@ def test_the_entrypoint_runs_the_job_to_its_end(address: str, job: Mapping[str, 
     follow = f"ray job logs --address {address} --follow job-1"
     done = subprocess.run(
         ["/bin/bash", "-ce", "--", f"{submit} {follow}"],
-        env=environment(tmp_path),
+        env=node_environment(TOKEN) | {"HOME": str(tmp_path)},
         check=False,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ import pytest
 import sklearn.linear_model  # noqa: F401 - brings BLAS and OpenMP, which are limited where they are loaded
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.datasets import make_classification
+from tests.cluster.heads import wait_until
 from threadpoolctl import threadpool_info
 
 from graftstack.cluster.executor import RayExecutor
@@ -180,13 +181,6 @@ def results_of(run: Path) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "rows": [{key: value for key, value in row.items() if key not in ("fit_s", "predict_s")} for row in rows],
     }
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def assert_same(run: Path, expected: Path) -> None:

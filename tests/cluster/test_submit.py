@@ -1,28 +1,25 @@
 """Jobs on a real head with tokens: what is submitted arrives byte for byte, and ends as it ends."""
 
 import json
-import os
 import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
+from tests.cluster.heads import running_head, wait_until
 
 from graftstack.cli import main
 from graftstack.cluster.submission import JobServer
@@ -67,20 +64,6 @@ class Head(NamedTuple):
         return sum(row["state"] not in ("DEAD", "REMOVED") for row in rows)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -93,46 +76,8 @@ def _environment() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def head(_environment: None) -> Iterator[Head]:
-    ports = [free_port() for _ in range(4)]
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    # Sockets lie in this folder, and the name of a socket is short.
-    with tempfile.TemporaryDirectory(prefix="submit-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        words = [
-            *("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={folder}"),
-            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--object-store-memory={100 * 1024**2}"),
-            *(f"--{name}={port}" for name, port in zip(names, ports, strict=True)),
-        ]
-        environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": TOKEN,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-        }
-        found = Head(f"http://127.0.0.1:{ports[1]}")
-        log = Path(folder, "head.log")
-        with log.open("wb") as out, subprocess.Popen(words, env=environment, stdout=out, stderr=out) as process:
-            try:
-                wait_until(lambda: process.poll() is not None or is_up(found), 60)
-                assert process.poll() is None, log.read_text()
-                yield found
-            finally:
-                kill_all(process.pid)
-
-
-def is_up(head: Head) -> bool:
-    with suppress(requests.RequestException):
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        return requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=5).status_code == 200
-    return False
-
-
-def kill_all(pid: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in [*process.children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
+    with running_head(TOKEN) as found:
+        yield Head(found.dashboard)
 
 
 def graftstack(*words: str) -> subprocess.Popen[str]:

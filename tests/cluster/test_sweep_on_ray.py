@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.cluster.heads import wait_until
 
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.cluster.train import train_in_group
@@ -128,13 +128,6 @@ def model_of(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def assert_cluster_is_clean() -> None:
     import ray
     from ray.util import placement_group_table
@@ -201,7 +194,7 @@ def test_a_group_that_doesnt_reach_its_tap_begins_with_the_images(tmp_path: Path
     task = prepare(config)
     elsewhere = TapStore(f"{tmp_path}/elsewhere", budget_bytes=2**30)
     tap = (elsewhere, tap_spec(task, task.boundary, dtype="fp32"))
-    outcome = train_in_group(config, Folder(tmp_path / "run"), poll=lambda: None, verbose=False, tap=tap)
+    outcome = train_in_group(config, Folder(tmp_path / "run"), num_cpus=1, poll=lambda: None, verbose=False, tap=tap)
     assert outcome.history
     assert outcome.backbone_forwards == task.steps_per_epoch * config.batch_size + len(task.data.splits.val)
 

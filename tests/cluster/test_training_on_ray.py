@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cluster.heads import wait_until
 
 from graftstack.cluster.finetune import launch
 from graftstack.config.compose import compose_job
@@ -37,6 +37,9 @@ class Silent:
     def training(self, progress: dict[str, Any]) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
 
 def run_job(tmp_path: Path, *overrides: str) -> Run:
     everything = [*SMALL, f"runs_dir={tmp_path}", *overrides]
@@ -56,13 +59,6 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def step_of(folder: Path) -> int:
     progress = read_progress(Folder(folder))
     return progress["step"] if progress else 0
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def training_workers() -> list[psutil.Process]:

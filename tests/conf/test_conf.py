@@ -4,10 +4,12 @@ import shlex
 
 import pytest
 
-from graftstack.config.compose import choices, compose_job
+from graftstack.config.compose import choices
 from graftstack.config.jobs import JOBS
+from graftstack.config.k8s import k8s_config
 from graftstack.config.paths import conf_dir
 from graftstack.config.plain import to_plain
+from graftstack.report.composing import composed
 
 CONF = conf_dir()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -31,7 +33,9 @@ def test_no_file_is_left_out() -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_each_file_composes_by_the_command_that_it_begins_with(file: str) -> None:
     program, job, *overrides = header_command(file)
-    config = compose_job(job, overrides)
+    found = composed(job, overrides)
+    config = found.config
+    k8s_config(found.k8s_words) if found.is_for_kubernetes else found.refuse_k8s_words()
     assert program == "graftstack"
     assert type(config) is JOBS[job]
     group, _, name = file.removesuffix(".yaml").rpartition("/")

@@ -409,7 +409,7 @@ def test_where_a_cluster_is_full_a_crew_waits_for_room_and_says_so(start: Callab
 def test_where_there_never_is_room_for_a_worker_waiting_ends(start: Callable[..., RayCrew]) -> None:
     crew = start(num_cpus=1000, patience_s=1.5)
     with pytest.raises(
-        TrainingError, match=r"^no worker has started for 1\.5 s.* 1000 CPUs.*the cluster have \d+ CPUs"
+        TrainingError, match=r"^cluster\.max_wait_s=1\.5: no room for a worker of 1000 CPUs.*the cluster have \d+ CPUs"
     ):
         crew.call("work", [[]])
     assert crew.num_workers == 0

@@ -104,7 +104,7 @@ def ray_pool(embedded_ray: None, folder: Path) -> Iterator[RayPool]:
 
     # The processes can't import the tests.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RayPool(partial(Counting, folder), num_slots=NUM_SLOTS, num_cpus=1)
+    pool = RayPool(partial(Counting, folder), num_slots=lambda: NUM_SLOTS, num_cpus=1)
     yield pool
     pool.close()
     assert_only(0)
@@ -141,6 +141,19 @@ def finish(pool: Pool, num_units: int = 1) -> list[Event]:
             else:
                 ends.append(event)
     return ends
+
+
+def wait_until_free(pool: Pool, num: int) -> None:
+    """Waits until `num` slots are free, which is all that happens."""
+    deadline = time.monotonic() + PATIENCE_S
+    while pool.num_free < num:
+        assert time.monotonic() < deadline, f"{pool.num_free} of {num} slots are free"
+        assert pool.wait(0.2) == []
+    assert pool.num_free == num
+
+
+def num_slots_of(pool: Pool) -> int:
+    return NUM_SLOTS if isinstance(pool, RayPool) else 1
 
 
 def result_of(event: Event) -> TrialResult:
@@ -191,7 +204,8 @@ def test_a_unit_of_which_none_goes_on_ends(pool: Pool) -> None:
 
 
 def test_a_unit_takes_one_slot_until_it_is_over(pool: Pool) -> None:
-    num_slots = pool.num_free
+    num_slots = num_slots_of(pool)
+    wait_until_free(pool, num_slots)
     pool.start(unit(0))
     assert pool.num_free == num_slots - 1
     wait_for(pool)
@@ -219,11 +233,10 @@ def run_alone(pool: Pool, *units: Unit) -> list[Event]:
 
 
 def test_what_a_runner_raises_is_the_loss_of_its_unit_and_the_pool_works_on(pool: Pool) -> None:
-    num_slots = pool.num_free
     (lost, other) = run_alone(pool, unit(0, raises="a fault"), unit(1))
     assert lost == UnitLost(unit(0, raises="a fault"), "a fault")
     assert result_of(other).status == "done"
-    assert pool.num_free == num_slots
+    wait_until_free(pool, num_slots_of(pool))
 
 
 def test_a_full_disk_is_nobodys_fault(pool: Pool) -> None:
@@ -246,7 +259,7 @@ def test_a_group_whose_row_cant_be_written_is_lost(tmp_path: Path) -> None:
     settings = RunnerSettings(
         trials_folder=f"{tmp_path}/trials", taps=TapsConfig(), cache_dir=str(tmp_path), is_on_gpu=False
     )
-    pool = GroupPool(settings, num_slots=1, verbose=False)
+    pool = GroupPool(settings, num_slots=lambda: 1, num_cpus=1, verbose=False)
     pool.start(unit(0))
     (lost,) = wait_for(pool)
     assert isinstance(lost, UnitLost)
@@ -265,6 +278,7 @@ def test_processes_start_by_themselves(ray_pool: RayPool) -> None:
 
 @pytest.mark.ray
 def test_units_run_side_by_side(ray_pool: RayPool) -> None:
+    wait_until_free(ray_pool, NUM_SLOTS)
     for index in range(NUM_SLOTS):
         ray_pool.start(unit(index))
     assert ray_pool.num_free == 0
@@ -283,8 +297,9 @@ def test_a_killed_process_is_replaced(ray_pool: RayPool) -> None:
     assert "process ended" in lost.reason
     assert "max_concurrent_trials" in lost.reason
     assert "\n" not in lost.reason
-    assert ray_pool.num_free == NUM_SLOTS
+    assert ray_pool.num_free == 1, "it can't know of more yet"
     assert result_of(*run_alone(ray_pool, mine)).status == "done"
+    wait_until_free(ray_pool, NUM_SLOTS)
 
 
 class Listed:
@@ -331,6 +346,7 @@ def test_a_sweep_survives_killed_processes(ray_pool: RayPool, tmp_path: Path, fo
 @pytest.mark.ray
 def test_calls_are_spread_over_all_slots_and_answered_in_order(ray_pool: RayPool) -> None:
     told: list[int] = []
+    wait_until_free(ray_pool, NUM_SLOTS)
     answers = ray_pool.call("divided", [[number, 2, 0.05] for number in range(12)], poll=told.append)
     assert [value for value, _ in answers] == [number / 2 for number in range(12)]
     assert len({pid for _, pid in answers}) == NUM_SLOTS
@@ -345,6 +361,7 @@ def test_a_call_that_raises_ends_the_others_and_frees_their_slots(ray_pool: RayP
     with pytest.raises(ZeroDivisionError):
         ray_pool.call("divided", [[1, 1, 10 * PATIENCE_S], [1, 0, 1.0]])
     assert [value for value, _ in ray_pool.call("divided", [[4, 2], [6, 2], [8, 2]])] == [2, 3, 4]
+    wait_until_free(ray_pool, NUM_SLOTS)
     for index in range(NUM_SLOTS):
         ray_pool.start(unit(index))
     assert len(finish(ray_pool, NUM_SLOTS)) == NUM_SLOTS
@@ -369,7 +386,7 @@ def test_what_a_call_raises_is_raised(ray_pool: RayPool) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("use", [lambda pool: pool.call("divided", [[1, 1]]), lambda pool: run_alone(pool, unit(0))])
 def test_what_making_a_runner_raises_is_raised_at_once(ray_pool: RayPool, use: Callable[[RayPool], Any]) -> None:
-    pool = RayPool(refuse, num_slots=1, num_cpus=0)
+    pool = RayPool(refuse, num_slots=lambda: 1, num_cpus=0)
     try:
         with pytest.raises(ConfigError, match=r"^data\.path=/nowhere"):
             use(pool)
@@ -380,8 +397,8 @@ def test_what_making_a_runner_raises_is_raised_at_once(ray_pool: RayPool, use: C
 @pytest.mark.ray
 def test_closing_ends_processes_that_work_and_those_that_never_started(ray_pool: RayPool, folder: Path) -> None:
     before = num_actors()
-    pool = RayPool(partial(Counting, folder), num_slots=2, num_cpus=0, num_threads=1)
-    wide = RayPool(partial(Counting, folder), num_slots=1, num_cpus=1000)
+    pool = RayPool(partial(Counting, folder), num_slots=lambda: 2, num_cpus=0, num_threads=1)
+    wide = RayPool(partial(Counting, folder), num_slots=lambda: 1, num_cpus=1000)
     pool.start(unit(0, sleeps=PATIENCE_S))
     wait_for(pool)
     pool.go_on(unit(0), [0])
@@ -394,7 +411,7 @@ def test_closing_ends_processes_that_work_and_those_that_never_started(ray_pool:
 @pytest.mark.ray
 def test_an_interrupted_sweep_ends_its_processes(ray_pool: RayPool, tmp_path: Path) -> None:
     before = num_actors()
-    pool = RayPool(partial(Counting, tmp_path), num_slots=2, num_cpus=0)
+    pool = RayPool(partial(Counting, tmp_path), num_slots=lambda: 2, num_cpus=0)
 
     def interrupt(_: Progress) -> None:
         raise KeyboardInterrupt
@@ -402,3 +419,58 @@ def test_an_interrupted_sweep_ends_its_processes(ray_pool: RayPool, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         drive_all(pool, tmp_path, interrupt, Trial(0, {}, FinetuneConfig()), Trial(1, {}, FinetuneConfig()))
     assert_only(before)
+
+
+@pytest.mark.ray
+def test_a_pool_grows_with_its_room_once_nobody_is_idle_and_gives_up_what_finds_none(
+    ray_pool: RayPool, folder: Path
+) -> None:
+    room, before = [1], num_actors()
+    pool = RayPool(partial(Counting, folder), num_slots=lambda: room[0], num_cpus=0)
+    try:
+        wait_until_free(pool, 1)
+        room[0] = 2
+        time.sleep(1)
+        pool.wait(0)
+        assert num_actors() == before + 1, "one that is idle is enough"
+        pool.start(unit(0))
+        wait_for(pool)
+        wait_until_free(pool, 1)
+        room[0] = 1
+        pool.start(unit(1))
+        wait_for(pool)
+        pool.go_on(unit(0), [0])
+        pool.go_on(unit(1), [1])
+        assert len(finish(pool, 2)) == 2, "one that works, works on"
+    finally:
+        pool.close()
+
+
+@pytest.mark.ray
+def test_a_unit_waits_for_a_process_but_not_for_ever(ray_pool: RayPool, folder: Path) -> None:
+    wide = RayPool(partial(Counting, folder), num_slots=lambda: 2, num_cpus=1000, patience_s=2.0)
+    try:
+        assert wide.num_free == 1
+        wide.start(unit(0))
+        assert wide.num_free == 0
+        with pytest.raises(TrainingError, match=r"^cluster\.max_wait_s=2: no room for a process of 1000 CPUs.*free"):
+            wait_for(wide)
+        assert wide.ready() == 0
+    finally:
+        wide.close()
+
+
+def die() -> Counting:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.ray
+def test_processes_that_end_as_they_start_are_not_replaced_for_ever(ray_pool: RayPool) -> None:
+    pool = RayPool(die, num_slots=lambda: 1, num_cpus=0)
+    try:
+        pool.start(unit(0))
+        with pytest.raises(TrainingError, match="5 processes in a row ended as they started; at last: its process"):
+            wait_for(pool)
+    finally:
+        pool.close()

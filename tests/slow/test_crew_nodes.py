@@ -1,11 +1,11 @@
 """A crew on two nodes, of which one goes and another comes: no block is lost, and who comes works too."""
 
-import socket
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from tests.cluster.heads import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -107,15 +107,8 @@ PROGRAM = """
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def test_a_crew_outlives_a_node_and_uses_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    program = textwrap.dedent(PROGRAM).replace("FREE_PORT", str(free_port()))  # the usual one may be another Ray's
+    program = textwrap.dedent(PROGRAM).replace("FREE_PORT", str(free_port()))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=500, check=False)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["all is well"]), done.stderr

@@ -4,12 +4,10 @@ On one machine the driver starts its own Ray; a cluster of two nodes outlives it
 """
 
 import hashlib
-import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,8 +18,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 from sklearn.datasets import make_classification
+from tests.cluster.heads import wait_until
 
 from graftstack.runs import find_run
 
@@ -86,19 +84,13 @@ class Place(NamedTuple):
     """Where a stack is made."""
 
     overrides: tuple[str, ...]
-    cluster: Cluster | None
-    """None: the driver's own Ray."""
+    nodes: Any
+    """The fixture of that name. None: the driver's own Ray."""
 
     def raylets(self, driver: Driver) -> list[psutil.Process]:
         """Returns the processes below which those are that work on tasks."""
-        if self.cluster is None:
-            return [psutil.Process(driver.process.pid)]
-        return [raylet_of(node) for node in self.cluster.list_all_nodes()]
-
-
-def raylet_of(node: Any) -> psutil.Process:
-    [raylet] = node.all_processes["raylet"]
-    return psutil.Process(raylet.process.pid)
+        found: list[psutil.Process] = self.nodes.raylets if self.nodes else [psutil.Process(driver.process.pid)]
+        return found
 
 
 def busy_below(parent: psutil.Process) -> list[psutil.Process]:
@@ -121,25 +113,20 @@ def kill_task(place: Place, driver: Driver, draw: random.Random) -> None:
         if busy:
             draw.choice(busy).kill()
             # The first that a new Ray does is no task: it loads what tasks need, and nobody misses it.
-            if place.cluster is not None or is_true_soon(lambda: driver.num_redone > num_redone, timeout_s=10):
+            if place.nodes or is_true_soon(lambda: driver.num_redone > num_redone, timeout_s=10):
                 return
         time.sleep(0.01)
 
 
 def kill_node(place: Place, driver: Driver, draw: random.Random) -> None:
     """Kills all processes of the second node while it works on a task; another comes in its stead after a while."""
-    assert place.cluster is not None
-    [second] = place.cluster.worker_nodes
-    raylet = raylet_of(second)
-    while not busy_below(raylet):
+    [_, second] = place.raylets(driver)
+    while not busy_below(second):
         driver.check_alive()
         time.sleep(0.01)
-    for process in [raylet, *raylet.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    place.cluster.remove_node(second, allow_graceful=False)
+    place.nodes.lose()
     time.sleep(draw.uniform(0, 2))
-    add_node(place.cluster)
+    place.nodes.add()
 
 
 def kill_driver(place: Place, driver: Driver, draw: random.Random) -> None:
@@ -150,7 +137,7 @@ def kill_driver(place: Place, driver: Driver, draw: random.Random) -> None:
     driver.process.send_signal(signal.SIGKILL)
     assert driver.process.wait(60) == -signal.SIGKILL
     wait_until(lambda: all(map(is_gone, orphans)))
-    if place.cluster is not None:
+    if place.nodes:
         wait_until(lambda: not any(map(busy_below, raylets)))
 
 
@@ -167,10 +154,6 @@ KILLS: dict[str, Callable[[Place, Driver, random.Random], None]] = {
     "node": kill_node,
     "driver": kill_driver,
 }
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    assert is_true_soon(condition, timeout_s=timeout_s), "waited in vain"
 
 
 def is_true_soon(condition: Callable[[], bool], *, timeout_s: float) -> bool:
@@ -198,10 +181,6 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def add_node(cluster: Cluster) -> None:
-    cluster.add_node(num_cpus=1, temp_dir=tempfile.mkdtemp(prefix="node-", dir=os.environ["CHAOS_SOCKETS"]))
-
-
 @pytest.fixture(autouse=True)
 def _no_driver_outlives_its_test() -> Iterator[None]:
     yield
@@ -221,23 +200,6 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Driver(path, "refit", *TABLE, *REFIT, "cluster=inline").end()
     Driver(path, "bag", *TABLE, *BAG, "cluster=inline").end()
     return path
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[Place]:
-    """A cluster of two nodes on this machine, with one CPU each."""
-    # Sockets lie in these folders, and the name of a socket is short.
-    folders = tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)
-    with pytest.MonkeyPatch.context() as patch, folders as folder:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("CHAOS_SOCKETS", folder)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "temp_dir": f"{folder}/head"})
-        try:
-            add_node(cluster)
-            cluster.wait_for_nodes()
-            yield Place(("cluster=ray", f"cluster.address={cluster.address}"), cluster)
-        finally:
-            cluster.shutdown()
 
 
 def kill_and_resume(
@@ -298,14 +260,18 @@ def test_the_stacks_are_large_enough_for_kills(runs_dir: Path) -> None:
     assert len(entries_of(runs_dir / "bag")) == NUM_BAG
 
 
-def test_eight_kills_of_a_stack_on_two_nodes(runs_dir: Path, two_nodes: Place) -> None:
-    kills = ("task", "node", "driver", "node", "task", "driver", "node", "driver")
-    kill_and_resume(runs_dir, "nodes-refit", REFIT, two_nodes, kills=kills, expected="refit", seed=1)
+def test_ten_kills_of_a_stack_on_two_nodes(runs_dir: Path, nodes: Any) -> None:
+    kills = ("task", "node", "driver", "node", "task", "driver", "node", "task", "driver", "task")
+    place = Place(nodes.overrides, nodes)
+    kill_and_resume(runs_dir, "nodes-refit", REFIT, place, kills=kills, expected="refit", seed=1)
+    nodes.assert_clean()
 
 
-def test_seven_kills_of_a_stack_of_two_levels_on_two_nodes(runs_dir: Path, two_nodes: Place) -> None:
+def test_seven_kills_of_a_stack_of_two_levels_on_two_nodes(runs_dir: Path, nodes: Any) -> None:
     kills = ("node", "node", "task", "driver", "node", "driver", "task")
-    kill_and_resume(runs_dir, "nodes-bag", BAG, two_nodes, kills=kills, expected="bag", seed=2)
+    place = Place(nodes.overrides, nodes)
+    kill_and_resume(runs_dir, "nodes-bag", BAG, place, kills=kills, expected="bag", seed=2)
+    nodes.assert_clean()
 
 
 def test_five_kills_of_a_stack_that_starts_its_own_ray(runs_dir: Path) -> None:

@@ -137,6 +137,7 @@ def python(program: str, *words: str, cwd: Path | None = None) -> subprocess.Com
         ("runs show frist --runs-dir {runs_dir}", "frist: no such run in {runs_dir}; did you mean first?"),
         ("runs compare first frist --runs-dir {runs_dir}", "frist: no such run in {runs_dir}; did you mean first?"),
         ("runs --runs-dir nosuch://x", "nosuch://x: can't be reached"),
+        ("demo --runs-dir s3://bucket/runs", "--runs-dir s3://bucket/runs: the demo's runs lie on a disk; give a path"),
         (
             "runs --runs-dir {runs_dir}/first/run.json",
             "runs_dir={runs_dir}/first/run.json: a file, not a folder; choose",

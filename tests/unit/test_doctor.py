@@ -6,13 +6,18 @@ import py_compile
 import socket
 import subprocess
 import sys
+import threading
 from collections import namedtuple
+from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.unit.findings import is_fault, is_ok
 
-from graftstack.doctor import clusters, machine, packages, run_doctor
-from graftstack.doctor.finding import Finding
+from graftstack.cli import main
+from graftstack.doctor import clusters, machine, packages, run_doctor, sending, storage, this_machine
+from graftstack.doctor.finding import Finding, examine
 from graftstack.doctor.torch_facts import TorchFacts
 from graftstack.machine import allowed_cpus
 
@@ -32,22 +37,6 @@ def install(
     (site / name / "__init__.py").write_text("")
     if build is not None:
         (site / name / "version.py").write_text(f"__version__ = '{version}+{build}'\n")
-
-
-def is_fault(finding: Finding, status: str, *words: str) -> None:
-    """The finding has the status, says the words, and offers a fix of one line."""
-    assert finding.status == status
-    for word in words:
-        assert word in f"{finding.detail} {finding.fix}"
-    assert finding.fix
-    assert "\n" not in finding.fix
-
-
-def is_ok(finding: Finding, *words: str) -> None:
-    assert finding.status == "ok"
-    assert not finding.fix
-    for word in words:
-        assert word in finding.detail
 
 
 class TestPython:
@@ -296,23 +285,42 @@ class TestRay:
         is_fault(clusters.check_ray([str(tmp_path)]), "broken", "no files", "--reinstall")
 
 
-class TestRayCluster:
+class TestRayClusters:
+    def last(self, folder: Path, address: str | None) -> clusters.LastCluster:
+        file = folder / "ray_current_cluster"
+        if address is not None:
+            file.write_text(f"{address}\n")
+        return clusters.last_cluster(file)
+
     def test_none_was_started(self, tmp_path):
-        is_ok(clusters.check_ray_cluster(tmp_path / "ray_current_cluster"), "none")
+        is_ok(clusters.check_ray_clusters([], self.last(tmp_path, None)), "none")
 
     def test_one_runs(self, tmp_path):
+        finding = clusters.check_ray_clusters(["10.0.0.1:6379"], self.last(tmp_path, None))
+        is_fault(finding, "warn", "one runs here, at 10.0.0.1:6379", "ray stop")
+
+    def test_one_runs_that_only_the_file_names(self, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = f"127.0.0.1:{server.getsockname()[1]}"
-            (tmp_path / "ray_current_cluster").write_text(address)
-            finding = clusters.check_ray_cluster(tmp_path / "ray_current_cluster")
-        is_fault(finding, "warn", address, "ray stop")
+            last = self.last(tmp_path, address)
+            is_fault(clusters.check_ray_clusters([], last), "warn", f"one runs here, at {address};")
+            is_fault(clusters.check_ray_clusters([address], last), "warn", f"one runs here, at {address};")
+
+    def test_two_run(self, tmp_path):
+        running = ["10.0.0.2:6379", "10.0.0.1:6379"]
+        last = clusters.LastCluster(tmp_path / "ray_current_cluster", "10.0.0.2:6379", is_up=True)
+        finding = clusters.check_ray_clusters(running, last)
+        is_fault(finding, "warn", "2 run here, at 10.0.0.1:6379 and 10.0.0.2:6379", "started last, 10.0.0.2:6379;")
+        assert "cluster.address=10.0.0.1:6379" in finding.fix
+        is_fault(clusters.check_ray_clusters(running, self.last(tmp_path, None)), "warn", "auto means any of them")
+        finding = clusters.check_ray_clusters(running, self.last(tmp_path, "127.0.0.1:1"))
+        is_fault(finding, "warn", "started last, 127.0.0.1:1, which is gone")
 
     @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "garbage", "127.0.0.1:99999999"])
     def test_one_ran(self, tmp_path, address):
         with socket.create_server(("127.0.0.1", 0)) as server:
             address = address.format(port=server.getsockname()[1])
-        (tmp_path / "ray_current_cluster").write_text(address)
-        is_ok(clusters.check_ray_cluster(tmp_path / "ray_current_cluster"), address, "doesn't answer")
+        is_ok(clusters.check_ray_clusters([], self.last(tmp_path, address)), address, "doesn't answer")
 
     def test_the_file_lies_where_ray_writes_it(self):
         assert clusters.address_file({}) == Path("/tmp/ray/ray_current_cluster")
@@ -321,6 +329,148 @@ class TestRayCluster:
     def test_address_of_another_cluster_in_the_environment(self):
         is_ok(clusters.check_ray_address({}))
         is_fault(clusters.check_ray_address({"RAY_ADDRESS": "10.0.0.1:6379"}), "warn", "10.0.0.1:6379", "unset")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+class TestToken:
+    def test_none_is_asked_for(self, tmp_path):
+        is_ok(clusters.check_token({}, tmp_path), "none")
+        is_ok(clusters.check_token({"RAY_AUTH_MODE": "disabled"}, tmp_path), "none")
+
+    def test_it_is_where_ray_looks(self, tmp_path):
+        is_ok(clusters.check_token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}, tmp_path), "RAY_AUTH_TOKEN")
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("secret\n")
+        finding = clusters.check_token({"RAY_AUTH_MODE": "token"}, tmp_path)
+        is_ok(finding, str(tmp_path / ".ray" / "auth_token"))
+        assert "secret" not in finding.detail
+
+    def test_a_token_is_asked_for_and_there_is_none(self, tmp_path):
+        finding = clusters.check_token({"RAY_AUTH_MODE": "Token", "RAY_AUTH_TOKEN": " "}, tmp_path)
+        is_fault(finding, "broken", "RAY_AUTH_MODE=token", "ray get-auth-token --generate")
+
+    def test_the_file_is_missing_or_empty(self, tmp_path):
+        file = tmp_path / "token"
+        environ = {"RAY_AUTH_TOKEN_PATH": str(file)}
+        is_fault(clusters.check_token(environ, tmp_path), "broken", f"RAY_AUTH_TOKEN_PATH={file}", "no such file")
+        file.write_text("\n")
+        is_fault(clusters.check_token(environ, tmp_path), "broken", "empty", "put the cluster's token there")
+
+    def test_the_file_cannot_be_read(self, tmp_path):
+        (tmp_path / ".ray" / "auth_token").mkdir(parents=True)
+        is_fault(clusters.check_token({}, tmp_path), "broken", "auth_token", "can't be read", "chmod 600")
+
+    def test_a_mode_that_ray_does_not_know(self, tmp_path):
+        is_fault(clusters.check_token({"RAY_AUTH_MODE": "tokens"}, tmp_path), "warn", "RAY_AUTH_MODE=tokens", "unset")
+
+
+def test_a_check_that_fails_is_a_finding():
+    def fail() -> Finding:
+        raise ModuleNotFoundError("No module named 'ray'")
+
+    finding = examine("Ray clusters", fail)
+    is_fault(finding, "broken", "can't be checked: ModuleNotFoundError: No module named 'ray'")
+    assert finding.name == "Ray clusters"
+
+
+class TestUpload:
+    def test_what_submissions_send(self):
+        is_ok(sending.check_upload(sending.everything_sent), "100.0 MiB")
+        assert {"jobs/finetune.py", "graftstack/cli.py"} <= set(sending.everything_sent())
+
+    def test_too_large(self, tmp_path):
+        (tmp_path / "weights.bin").write_bytes(bytes(3000))
+        files = {"graftstack/weights.bin": tmp_path / "weights.bin", "graftstack/cli.py": b"print()"}
+        finding = sending.check_upload(lambda: files, most_bytes=2000)
+        is_fault(
+            finding, "broken", "2.9 KiB to send, more than 2.0 KiB", "graftstack/weights.bin (2.9 KiB)", ".gitignore"
+        )
+
+    def test_git_is_not_there(self, monkeypatch):
+        monkeypatch.setenv("PATH", "")
+        is_fault(sending.check_upload(sending.everything_sent), "warn", "--with-code: git can't list", "install git")
+
+    def test_not_readable(self, tmp_path):
+        finding = sending.check_upload(lambda: {"gone.py": tmp_path / "gone.py"})
+        is_fault(finding, "broken", "gone.py: can't be read", "mend that")
+
+
+class TestRunsFolder:
+    def test_a_path(self, tmp_path):
+        is_ok(storage.check_runs_folder(str(tmp_path)), "free")
+        (tmp_path / "file").touch()
+        is_fault(storage.check_runs_folder(str(tmp_path / "file" / "runs")), "broken", "can't be written", "runs_dir")
+
+    def test_a_uri_is_written_read_and_left_as_it_was(self):
+        import fsspec
+
+        is_ok(storage.check_runs_folder("memory://doctor/runs"), "written, read and removed")
+        assert not fsspec.filesystem("memory").find("/doctor")
+
+    def test_the_package_of_the_scheme_is_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+        is_fault(storage.check_runs_folder("gs://bucket/runs"), "broken", "gcsfs", "'graftstack[gcs]'")
+
+    def test_nobody_knows_the_scheme(self):
+        is_fault(storage.check_runs_folder("s4://bucket/runs"), "broken", "Protocol not known: s4", "or use a path")
+
+    def test_nobody_answers(self):
+        finding = storage.check_runs_folder(f"http://127.0.0.1:{free_port()}/runs")
+        is_fault(finding, "broken", "runs: ", "127.0.0.1", "check the address")
+
+    def test_what_listens_says_nothing(self, monkeypatch):
+        monkeypatch.setattr(storage, "_ANSWER_WITHIN_S", 0.3)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            finding = storage.check_runs_folder(f"http://127.0.0.1:{server.getsockname()[1]}/runs")
+        is_fault(finding, "broken", "no answer in", "check the address")
+
+    def test_it_can_only_be_read(self):
+        class Pages(SimpleHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            finding = storage.check_runs_folder(f"http://127.0.0.1:{server.server_port}/")
+            server.shutdown()
+        is_fault(finding, "broken", "when an object is written", "check the address and the access")
+
+    @pytest.mark.parametrize(
+        ("method", "broken", "words"),
+        [
+            ("cat_file", lambda *_, **__: b"another", "what is read isn't what was written"),
+            ("rm_file", lambda *_: None, "what was removed is still there"),
+        ],
+    )
+    def test_a_store_that_forgets_or_keeps(self, monkeypatch, method, broken, words):
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, method, broken)
+            is_fault(storage.check_runs_folder("memory://doctor/kept"), "broken", words, "ask for the rights")
+        for left in MemoryFileSystem().find("/doctor"):
+            MemoryFileSystem().rm_file(left)
+
+
+class TestTarget:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["k8s.queue=x"], "k8s.queue=x: only Kubernetes is looked at by the words of a job; add --to k8s"),
+            (["k8s.queue=x", "--to", "http://127.0.0.1:1"], "k8s.queue=x: only Kubernetes"),
+            (["--to", "k8s", "data=digits"], "data=digits: no word of pods"),
+            (["--to", "k8s", "k8s.qeue=x"], "k8s.qeue=x: unknown key; did you mean queue"),
+            (["--to", "k8s", "k8s.namespace=_"], "k8s.namespace=_: can't be"),
+            (["--to", "k8s", "--runs-dir", "x"], "--runs-dir x: on Kubernetes runs lie on the claim of the pods"),
+        ],
+    )
+    def test_parts_that_do_not_go_together_are_refused(self, capsys, words, message):
+        assert main(["doctor", *words]) == 2
+        assert f"graftstack: {message}" in capsys.readouterr().err
 
 
 class TestCommand:
@@ -334,9 +484,10 @@ def get_num_threads(): return 1
     def doctor(self, site: Path, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """``graftstack doctor`` in a process that finds the packages in `site` first."""
         command = "import sys; from graftstack.cli import main; sys.exit(main(sys.argv[1:]))"
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return subprocess.run(
             [sys.executable, "-c", command, "doctor", *words],
-            env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120", **environ},
+            env={**inherited, "PYTHONPATH": str(site), "COLUMNS": "120", **environ},
             cwd=site,
             capture_output=True,
             text=True,
@@ -414,9 +565,17 @@ def get_num_threads(): return 1
         assert done.returncode == 1
         assert found["cache folder"]["status"] == "broken"
 
-    def test_the_real_torch_of_this_environment_loads(self, tmp_path, monkeypatch, capsys):
+    def test_the_real_torch_loads_and_a_check_that_fails_would_have_the_same_name(self, tmp_path, monkeypatch, capsys):
+        names = []
+
+        def examine(name: str, check: Callable[[], Finding]) -> Finding:
+            names.append(name)
+            return check()
+
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(this_machine, "examine", examine)
         run_doctor(as_json=True)
         found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
         assert found["torch builds"]["status"] == "ok", found["torch builds"]
         assert found["packages"]["status"] == "ok", found["packages"]
+        assert list(found) == names

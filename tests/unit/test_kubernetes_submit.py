@@ -1,21 +1,20 @@
 """A job on Kubernetes. The API server is one that speaks as much as a submission needs; client and wire are real."""
 
-import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from tests.unit.kube_server import ApiServer, serving, write_kubeconfig
 
+from graftstack.cli import main
 from graftstack.config.compose import compose_job
 from graftstack.config.k8s import K8sConfig
+from graftstack.config.schema import ClusterKind
 from graftstack.config.spec import Spec, from_bytes
 from graftstack.errors import BadInputError, ConfigError
 from graftstack.submit import kubernetes
@@ -50,153 +49,14 @@ def lines_into(said: list[str]) -> Callable[[str], None]:
     return lambda text: said.append(text.removesuffix("\n"))
 
 
-class ApiServer(ThreadingHTTPServer):
-    """Keeps objects; a test says what it refuses, what becomes of a job, and how logs arrive."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.objects: dict[str, dict[str, Any]] = {}
-        self.asked: list[tuple[str, str]] = []
-        self.refusals: list[tuple[str, str, int, Any]] = []
-        self.statuses: list[dict[str, Any]] = []
-        self.pods: list[dict[str, Any]] = []
-        self.events: list[dict[str, Any]] = []
-        self.workloads: list[dict[str, Any]] = []
-        self.logs: dict[str, list[list[str]]] = {}
-
-    def refuse(self, method: str, path: str, status: int, body: Any) -> None:
-        self.refusals.append((method, path, status, body))
-
-    def submitter(self, name: str, *connections: list[str], submission: str = "id-1") -> dict[str, Any]:
-        """A pod whose log comes in so many connections, all but the last of which break."""
-        env = [{"name": "RAY_JOB_SUBMISSION_ID", "value": submission}]
-        pod = {
-            "metadata": {"name": name, "creationTimestamp": f"2026-01-01T00:00:0{len(self.pods)}Z"},
-            "spec": {"containers": [{"name": "ray-job-submitter", "env": env}]},
-            "status": {"phase": "Running"},
-        }
-        self.pods.append(pod)
-        self.logs[name] = list(connections)
-        return pod
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: ApiServer
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def _handle(self) -> None:
-        where = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(where.query).items()}
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        is_dry = query.get("dryRun") == "All"
-        self.server.asked.append((self.command + (" dry" if is_dry else ""), where.path))
-        for method, path, status, answer in self.server.refusals:
-            if method == self.command and re.fullmatch(path, where.path):
-                return self._answer(status, answer)
-        if where.path.endswith("/log"):
-            return self._log(where.path.split("/")[-2])
-        return self._answer(*self._stored(where.path, query, json.loads(body or b"{}"), is_dry=is_dry))
-
-    do_GET = do_POST = do_PATCH = do_DELETE = _handle  # noqa: N815 - names of the standard library
-
-    def _stored(self, path: str, query: dict[str, str], body: Any, *, is_dry: bool) -> tuple[int, Any]:
-        objects = self.server.objects
-        if self.command == "POST":
-            return self._make(f"{path}/{body['metadata']['name']}", body, is_dry=is_dry)
-        if path not in objects:
-            return self._listed(path, query) if self.command == "GET" else self._missing(path)
-        if self.command == "DELETE":
-            return 200, objects.pop(path)
-        if self.command == "PATCH":
-            objects[path]["metadata"] |= body["metadata"]
-        elif "/rayjobs/" in path and self.server.statuses:
-            objects[path]["status"] = self.server.statuses[0]
-            if len(self.server.statuses) > 1:
-                self.server.statuses.pop(0)
-        return 200, objects[path]
-
-    def _make(self, key: str, body: Any, *, is_dry: bool) -> tuple[int, Any]:
-        if key in self.server.objects:
-            return 409, {"message": "already exists", "reason": "AlreadyExists"}
-        made = body | {"metadata": body["metadata"] | {"uid": "uid-1"}}
-        if not is_dry:
-            self.server.objects[key] = made
-        return 201, made
-
-    def _listed(self, path: str, query: dict[str, str]) -> tuple[int, Any]:
-        lists = {"pods": self.server.pods, "events": self.server.events, "workloads": self.server.workloads}
-        kind = path.rpartition("/")[2]
-        if kind in lists:
-            return 200, {"items": lists[kind]}
-        if kind != "rayjobs":
-            return self._missing(path)
-        label, _, value = query.get("labelSelector", "").partition("=")
-        found = [item for key, item in self.server.objects.items() if key.startswith(path)]
-        return 200, {"items": [item for item in found if item["metadata"]["labels"].get(label) == value]}
-
-    def _missing(self, path: str) -> tuple[int, Any]:
-        return 404, {"message": "not found", "details": {"kind": path.split("/")[-2]}}
-
-    def _log(self, pod: str) -> None:
-        connections = self.server.logs[pod]
-        lines = connections[0]
-        is_last = len(connections) == 1
-        if not is_last:
-            connections.pop(0)
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for line in lines:
-            data = f"{line}\n".encode()
-            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        if is_last:
-            self.wfile.write(b"0\r\n\r\n")
-            for found in self.server.pods:
-                if found["metadata"]["name"] == pod:
-                    found["status"]["phase"] = "Succeeded"
-        else:
-            self.close_connection = True
-
-    def _answer(self, status: int, body: Any) -> None:
-        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain" if isinstance(body, str) else "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def write_kubeconfig(path: Path, port: int) -> None:
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "u", "user": {"token": "secret"}}],
-    }
-    path.write_text(yaml.safe_dump(config))
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     """An API server, which the kubeconfig names; jobs that are followed are looked at often."""
-    found = ApiServer()
-    thread = threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    write_kubeconfig(tmp_path / "kubeconfig", found.server_port)
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(kubernetes, "POLL_S", 0.02)
     monkeypatch.setattr("graftstack.submit.kube_logs._AGAIN_S", 0.02)
-    yield found
-    found.shutdown()
-    found.server_close()
-    thread.join()
+    with serving(tmp_path / "kubeconfig") as found:
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        yield found
 
 
 def submit(said: list[str] | None = None, *overrides: str, follow: bool = False, dry_run: str | None = None) -> int:
@@ -516,3 +376,38 @@ class TestJobs:
             == 0
         )
         assert said == ["so far"]
+
+
+class TestClusterK8s:
+    WORDS = ("finetune", "data=digits", "backbone=conv4", "name=digits")
+    IMAGE = "k8s.image=graftstack:0.1.0-ray2.60.0"
+
+    def test_the_job_has_pods_of_its_own_and_ends_as_they_do(
+        self, server: ApiServer, capsys: pytest.CaptureFixture[str]
+    ):
+        server.submitter("submitter", ["2026-01-01T00:00:00Z epoch 1"])
+        server.statuses = [RUNNING, failed("Job entrypoint command failed with exit code 3, last")]
+        assert main([*self.WORDS, "cluster=k8s", self.IMAGE]) == 3
+        assert capsys.readouterr().out == "epoch 1\n"
+        [sent] = [found for path, found in server.objects.items() if path.startswith(MAPS)]
+        cluster = from_bytes(sent["data"]["spec.json"].encode()).config.cluster
+        assert (cluster.kind, cluster.address) == (ClusterKind.ray, "auto")
+
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            (("cluster=k8s",), "k8s.image=: which image? "),
+            ((IMAGE,), f"{IMAGE}: says how a job runs on Kubernetes; add cluster=k8s "),
+            (("cluster=k8s", IMAGE, "k8s.pood=1"), "k8s.pood=1: unknown key; "),
+        ],
+    )
+    def test_what_doesnt_go_together_is_refused_and_asks_no_cluster(
+        self, server: ApiServer, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], complaint: str
+    ):
+        assert main([*self.WORDS, *words]) == 2
+        assert capsys.readouterr().err.startswith(f"graftstack: {complaint}")
+        assert server.asked == []
+
+    def test_a_ray_cluster_refuses_a_job_that_is_to_have_pods(self, capsys: pytest.CaptureFixture[str]):
+        assert main(["submit", *self.WORDS, "cluster=k8s", "--to", "http://127.0.0.1:1"]) == 2
+        assert "cluster=k8s: gets pods of its own" in capsys.readouterr().err

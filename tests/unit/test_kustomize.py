@@ -17,7 +17,7 @@ from graftstack.config.kubernetes_syntax import quantity
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 FOLDERS = ("base", "queues", "overlays/dev", "overlays/gpu", "overlays/spot")
-CLUSTER_WIDE = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor"}
+CLUSTER_WIDE = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
 
 Manifest = dict[str, Any]
 

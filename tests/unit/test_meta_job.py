@@ -194,8 +194,11 @@ def test_a_plan_tells_what_would_be_trained_and_leaves_nothing(tmp_path: Path, c
     text = capsys.readouterr().out
     for said in ("prototypes, BatchNorm inductive", "5 train, 0 validation, 5 held out", "2-way 1-shot, 3-way 1-shot"):
         assert said in text
+    assert "memory of a worker" in text
     assert main([*given, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
+    assert planned["worker_memory_bytes"] > 2**30
+    assert planned["device_memory_bytes"] is None
     assert (planned["num_episodes"], planned["num_steps"], planned["num_blocks"], planned["num_images"]) == (
         24,
         6,

@@ -187,6 +187,8 @@ def test_a_plan_says_what_would_run_and_leaves_nothing(
     assert plan["phases"][-1]["last_step"] == 8 * plan["steps_per_epoch"]
     assert [phase["freeze_depth"] for phase in plan["phases"]] == [5, 2]
     assert plan["predicted_s"] > 0
+    assert plan["worker_memory_bytes"] > plan["checkpoint_bytes"]
+    assert plan["device_memory_bytes"] is None
     assert not (tmp_path / "runs").exists()
     assert main(["plan", "finetune", *words]) == 0
     assert "predicted" in capsys.readouterr().out

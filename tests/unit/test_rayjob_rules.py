@@ -29,7 +29,8 @@ WORKERS = "spec.rayClusterSpec.workerGroupSpecs"
 def _sound(*, autoscales: bool, queue: str | None) -> Manifest:
     words = ["name=flowers", "resume=true", f"cluster.num_workers={'[1,4]' if autoscales else '2'}"]
     spec = Spec(job="finetune", config=compose_job("finetune", words), overrides=words)
-    config = K8sConfig(image="graftstack:0.1.0-ray2.60.0", queue=queue)
+    memory = {"worker_memory": "16Gi", "head_memory": "8Gi"}
+    config = K8sConfig(image="graftstack:0.1.0-ray2.60.0", queue=queue, **memory)
     manifest: Manifest = to_manifest(render(spec, config).ray_job)
     return manifest
 

@@ -6,14 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from graftstack.errors import RunError
+from graftstack.cluster import launching
+from graftstack.cluster.trained import best_trials, inherited_overrides, trained_runs
+from graftstack.config.compose import compose_job
+from graftstack.config.stack import StackConfig
+from graftstack.errors import RunError, TrainingError
 from graftstack.runs import MANIFEST, PROGRESS, Manifest, Run, find_run, list_runs, now, read_progress
 from graftstack.storage import Folder
 
@@ -231,6 +238,283 @@ def test_a_beat_is_a_sign_of_life(tmp_path: Path) -> None:
     run.beat()
     assert stored(tmp_path)["process"]["beat"] > before
     assert stored(tmp_path)["status"] == "running"
+
+
+# Owners
+
+
+@pytest.fixture(params=["disk", "s3"])
+def runs_dir(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where runs lie, on a disk and in a bucket."""
+    return f"{request.getfixturevalue('s3').uri}/runs" if request.param == "s3" else str(tmp_path)
+
+
+def content_of(runs_dir: str) -> dict[str, bytes]:
+    """Returns the files of the run, hidden ones too."""
+    if "://" not in runs_dir:
+        return {path.name: path.read_bytes() for path in Path(runs_dir, "a").iterdir()}
+    from s3fs import S3FileSystem
+
+    fs = S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    return {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find(f"{runs_dir}/a")}
+
+
+def claimed(folder: Folder, number: int, **process: Any) -> None:
+    """Leaves what a process leaves that ends amid a resumption."""
+    owner = {"host": "elsewhere", "pid": 7, "born": "1", "beat": time.time() - 90, "resumption": number}
+    folder.write(f".resumption-{number}", json.dumps(owner | process).encode())
+
+
+def lost(runs_dir: str) -> Run:
+    """Returns a run as its process on another host has it, which was silent for too long."""
+    run = start(runs_dir)
+    run.update(process={**run.manifest.process, "host": "elsewhere", "beat": time.time() - 90})
+    return Run(run.folder, run.manifest)
+
+
+def test_of_two_that_resume_a_run_at_once_one_gets_it(runs_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(runs_dir)
+    both_have_looked = threading.Barrier(2)
+    look, looked = Run.check, threading.local()
+
+    def check(*arguments: Any, **options: Any) -> Run | None:
+        found = look(*arguments, **options)
+        if not hasattr(looked, "once"):
+            looked.once = True
+            both_have_looked.wait(30)
+        return found
+
+    def resume() -> str:
+        try:
+            return start(runs_dir, resume=True).manifest.status
+        except RunError as error:
+            return str(error)
+
+    monkeypatch.setattr(Run, "check", check)
+    with ThreadPoolExecutor(2) as pool:
+        ends = sorted(future.result() for future in [pool.submit(resume), pool.submit(resume)])
+    in_use = f"process {os.getpid()} on {socket.gethostname()} works on it; wait for it, or stop it"
+    assert ends == [f"name=a: {in_use}", "running"]
+    assert content_of(runs_dir).keys() == {MANIFEST}
+
+
+RESUME = """
+import sys
+from graftstack.errors import RunError
+from graftstack.runs import Manifest, Run
+
+look, has_looked = Run.check, set()
+
+def check(runs_dir, manifest, **options):
+    found = look(runs_dir, manifest, **options)
+    if manifest.name not in has_looked:
+        has_looked.add(manifest.name)
+        print("looked", flush=True)
+        sys.stdin.readline()
+    return found
+
+Run.check = check
+for name in sys.argv[2:]:
+    sys.stdin.readline()
+    manifest = Manifest(job="finetune", name=name, status="running", config={}, started="2026")
+    try:
+        Run.start(sys.argv[1], manifest, resume=True)
+        print("won", flush=True)
+    except RunError as error:
+        print(error, flush=True)
+"""
+
+
+class Driver:
+    """A process that resumes run after run, step by step."""
+
+    def __init__(self, runs_dir: Path, names: list[str]) -> None:
+        command = [sys.executable, "-c", RESUME, str(runs_dir), *names]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+
+def test_of_two_processes_that_saw_a_run_without_an_owner_one_gets_it(tmp_path: Path) -> None:
+    names = [f"run-{number}" for number in range(10)]
+    for name in names:
+        start(tmp_path, manifest(name, config={})).update(status="interrupted")
+    drivers = [Driver(tmp_path, names), Driver(tmp_path, names)]
+    try:
+        for name in names:
+            for expected in ("looked", None):
+                for driver in drivers:
+                    driver.go_on()
+                said = [driver.says() for driver in drivers]
+                assert expected is None or said == [expected, expected]
+            (winner,) = (driver.process.pid for driver, word in zip(drivers, said, strict=True) if word == "won")
+            in_use = f"process {winner} on {socket.gethostname()} works on it; wait for it, or stop it"
+            assert f"name={name}: {in_use}" in said
+            assert stored(tmp_path, name)["process"]["pid"] == winner
+            assert tree(tmp_path / name).keys() == {MANIFEST}
+    finally:
+        for driver in drivers:
+            driver.process.kill()
+            driver.process.communicate()
+
+
+def test_whoever_looked_before_another_one_resumed_and_stopped_looks_again(runs_dir: str) -> None:
+    finished(runs_dir)
+    late = find_run("a", runs_dir)
+    start(runs_dir, resume=True).update(status="failed", error="loss is nan")
+    before = content_of(runs_dir)
+    assert late.take_over(manifest()) is False
+    assert content_of(runs_dir) == before
+    assert start(runs_dir, resume=True).manifest.process["resumption"] == 2
+
+
+def test_claims_of_processes_that_are_gone_are_skipped_and_removed(runs_dir: str) -> None:
+    run = finished(runs_dir)
+    claimed(run.folder, 1)
+    claimed(run.folder, 2, host=socket.gethostname(), pid=os.getpid())
+    run.folder.write(".resumption-3", b"{")
+    run = start(runs_dir, resume=True)
+    assert run.manifest.process["resumption"] == 4
+    assert content_of(runs_dir).keys() == {MANIFEST}
+    claimed(run.folder, 4)  # it was killed before it removed its own
+    run.update(status="interrupted")
+    assert start(runs_dir, resume=True).manifest.process["resumption"] == 5
+    assert content_of(runs_dir).keys() == {MANIFEST}
+
+
+def test_a_run_that_a_living_process_is_about_to_resume_is_refused(runs_dir: str) -> None:
+    run = finished(runs_dir)
+    claimed(run.folder, 1, beat=time.time())
+    before = content_of(runs_dir)
+    with pytest.raises(RunError, match=r"\Aname=a: process 7 on elsewhere works on it; wait for it, or stop it\Z"):
+        start(runs_dir, resume=True)
+    assert content_of(runs_dir) == before
+
+
+def test_a_run_of_an_earlier_version_can_be_resumed(tmp_path: Path) -> None:
+    finished(tmp_path)
+    content = stored(tmp_path)
+    del content["process"]["resumption"]
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(content))
+    assert start(tmp_path, resume=True).manifest.process["resumption"] == 1
+
+
+TAKEN = (
+    rf"\Aname=a: another process took over the run \({os.getpid()} on {socket.gethostname()}\), as this one gave no "
+    r"sign of life; let that one finish it\Z"
+)
+
+
+def test_a_process_whose_run_was_taken_over_writes_no_more(runs_dir: str) -> None:
+    asleep = lost(runs_dir)
+    owner = start(runs_dir, resume=True)
+    for write in (asleep.beat, lambda: asleep.update(status="done"), asleep.beat):
+        before = content_of(runs_dir)
+        with pytest.raises(TrainingError, match=TAKEN):
+            write()
+        assert content_of(runs_dir) == before
+    owner.beat()
+    owner.update(status="done")
+    with pytest.raises(TrainingError, match=TAKEN):
+        asleep.beat()
+    assert find_run("a", runs_dir).manifest.status == "done"
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C interrupt: a shell that runs the tests in the background makes them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_BEAT_EVERY_S", 0.1)
+
+
+@pytest.mark.usefixtures("often", "interruptible")
+def test_work_on_a_run_that_was_taken_over_ends_at_once(tmp_path: Path) -> None:
+    asleep, began = lost(str(tmp_path)), time.monotonic()
+    owner = start(tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=TAKEN), launching.beating(asleep):
+        time.sleep(20)
+    assert time.monotonic() - began < 10
+    beat = launching.heartbeat(asleep)
+    time.sleep(0.2)
+    with pytest.raises(TrainingError, match=TAKEN):
+        beat()
+    assert stored(tmp_path)["process"] == owner.manifest.process
+
+
+@pytest.mark.usefixtures("often")
+def test_work_that_cant_be_interrupted_ends_with_the_same_words(tmp_path: Path) -> None:
+    asleep = lost(str(tmp_path))
+    start(tmp_path, resume=True)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(TrainingError, match=TAKEN), launching.beating(asleep):
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("often", "interruptible")
+def test_an_interrupt_of_the_user_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), launching.beating(start(tmp_path)):
+        signal.raise_signal(signal.SIGINT)
+
+
+def job(tmp_path: Path) -> launching.Checked[Any]:
+    words = ["data=digits", "backbone=conv4", "name=a", f"runs_dir={tmp_path}", "resume=true", "cluster=inline"]
+    return launching.check("finetune", compose_job("finetune", words), words)
+
+
+def test_a_job_whose_run_was_taken_over_leaves_the_manifest_to_the_new_owner(tmp_path: Path) -> None:
+    trees = []
+
+    def work() -> None:
+        with launching.open_run(job(tmp_path)) as run:
+            content = stored(tmp_path)
+            content["process"] |= {"host": "elsewhere", "pid": 3, "resumption": 1}
+            (tmp_path / "a" / MANIFEST).write_text(json.dumps(content))
+            trees.append(tree(tmp_path))
+            run.update(status="done")
+
+    with pytest.raises(TrainingError, match=r"another process took over the run \(3 on elsewhere\)"):
+        work()
+    assert tree(tmp_path) == trees[0]
+
+
+def test_a_job_that_another_process_finished_since_it_was_checked_isnt_done_again(tmp_path: Path) -> None:
+    early = job(tmp_path)
+    with launching.open_run(job(tmp_path)) as run:
+        run.update(status="done")
+    before = tree(tmp_path)
+    with (
+        pytest.raises(RunError, match=r"\Aname=a: another process finished it a moment ago; "),
+        launching.open_run(early),
+    ):
+        pytest.fail("it is done again")
+    assert tree(tmp_path) == before
+
+
+def test_whoever_names_a_run_in_a_store_that_is_out_of_reach_is_told_which_key_names_it() -> None:
+    away = "nosuch://bucket/wide"
+    for use in (lambda: best_trials(away, "runs", top=1), lambda: inherited_overrides([f"from_sweep={away}"])):
+        with pytest.raises(RunError, match=rf"\Afrom_sweep={away}: can't be reached \("):
+            use()
+    stack = compose_job("stack", ["data=digits", f"base_models=[run:{away}]"])
+    assert isinstance(stack, StackConfig)
+    with pytest.raises(RunError, match=rf"\Arun:{away}: can't be reached \("):
+        trained_runs(stack)
 
 
 VALID = {"job": "finetune", "name": "a", "status": "running", "config": {}, "started": "2026-01-01T00:00:00+00:00"}

@@ -628,8 +628,11 @@ def test_a_plan_says_what_would_be_trained_and_writes_nothing(tmp_path: Path, gr
     assert plan["notes"] == [
         "base models above the first level can't be timed before there are predictions to learn from"
     ]
+    assert plan["worker_memory_bytes"] > 8 * NUM * plan["num_features"]
+    assert plan["device_memory_bytes"] is None
     text = graftstack("plan", "stack", *words)
     assert "9 on 1 slots" in text
+    assert "memory of a worker" in text
 
 
 def test_a_plan_counts_the_slots_that_threads_take(tmp_path: Path, graftstack: Callable[..., str]) -> None:

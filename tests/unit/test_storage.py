@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from graftstack.errors import RunError, StorageFullError
+from graftstack.errors import RunError, StorageFullError, StorageUnreachableError
 from graftstack.storage import Folder
 
 
@@ -94,7 +94,7 @@ def test_a_writer_that_fails_half_way_leaves_the_old_content_and_nothing_else(fo
 def test_a_full_disk_leaves_the_old_content_and_nothing_else(folder: Folder) -> None:
     folder.write("x", b"old")
     with largest_file(1000), pytest.raises(StorageFullError, match=r"/x: no space left; free some.*resume=true"):
-        folder.write("x", bytes(5000))
+        folder.write_with("x", lambda path: path.write_bytes(bytes(5000)))
     assert folder.read("x") == b"old"
     assert folder.names() == ["x"]
     if folder.is_local:
@@ -162,14 +162,16 @@ class Unreachable(fsspec.AbstractFileSystem):
 def test_a_file_system_that_cant_be_asked_is_named() -> None:
     fsspec.register_implementation("unreachable", Unreachable, clobber=True)
     for use in (Folder("unreachable://x").exists, Folder("unreachable://x").names):
-        with pytest.raises(RunError, match=r"\Aunreachable://x: can't be reached \(no route\); check the address"):
+        with pytest.raises(
+            StorageUnreachableError, match=r"\Aunreachable://x: can't be reached \(no route\); check the address"
+        ):
             use()
 
 
 @pytest.mark.parametrize("location", ["nosuch://bucket/runs", "memory2://x"])
 def test_a_uri_of_an_unknown_kind_is_refused_in_one_line(location: str) -> None:
     for use in (Folder(location).names, Folder(location).exists, lambda: Folder(location).write("x", b"")):
-        with pytest.raises(RunError, match=rf"\A{location}: can't be reached .*; ") as caught:
+        with pytest.raises(StorageUnreachableError, match=rf"\A{location}: can't be reached .*; ") as caught:
             use()
         assert len(str(caught.value).splitlines()) == 1
 

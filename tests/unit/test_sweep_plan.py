@@ -474,6 +474,9 @@ def test_a_plan_probes_its_depths_and_leaves_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     config = compose_job("sweep", overrides)
     planned = plan_sweep(config, overrides=overrides, display=Silent())  # type: ignore[arg-type]
+    assert planned.plan.worker_memory_bytes is not None
+    assert planned.plan.worker_memory_bytes > 2**30
+    assert planned.plan.device_memory_bytes is None
     assert [(score.backbone, score.depth) for score in planned.probes] == [("conv4", 2), ("conv4", 5)]
     assert all(0.1 < score.best <= 1 for score in planned.probes)
     assert planned.plan.num_trials == 3

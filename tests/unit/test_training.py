@@ -50,6 +50,9 @@ class Silent:
     def training(self, progress: dict[str, Any]) -> None:
         pass
 
+    def say(self, text: str) -> None:
+        pass
+
 
 def config_of(*overrides: str) -> FinetuneConfig:
     return compose_job("finetune", [*SMALL, *overrides])

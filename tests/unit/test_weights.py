@@ -1,19 +1,27 @@
 import io
 import os
 import pickle
+import resource
 import shutil
+import tempfile
 import urllib.error
+import zipfile
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import save_file
 
 from graftstack.backbones.backbone import Backbone
 from graftstack.backbones.preprocessing import Preprocessing
 from graftstack.backbones.registry import build
+from graftstack.backbones.weight_files import digest_of
 from graftstack.backbones.weights import hash_state, load_weights
-from graftstack.errors import WeightsError
+from graftstack.config.compose import compose_job
+from graftstack.errors import RunError, WeightsError
+from graftstack.finetune.initial import preprocessing_for, weights_digest
 
 REPOSITORY = Path(__file__).parents[2]
 TEST_DATA = Path(os.environ.get("GRAFTSTACK_TEST_DATA", REPOSITORY / "../shared/data"))
@@ -88,8 +96,6 @@ def test_a_torch_file_under_a_wrong_suffix_is_loaded(backbone, trained, tmp_path
 
 
 def test_a_uri_is_loaded(backbone, trained):
-    import fsspec
-
     content = io.BytesIO()
     torch.save(trained, content)
     with fsspec.open("memory://weights/resnet20.pth", "wb") as file:
@@ -97,6 +103,87 @@ def test_a_uri_is_loaded(backbone, trained):
     load_weights(backbone, "memory://weights/resnet20.pth")
     assert holds(backbone, trained)
     assert "can't be fetched" in refusal(backbone, "memory://weights/missing.pth")
+
+
+def test_a_file_in_an_archive_is_loaded(backbone, trained, tmp_path):
+    torch.save(trained, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "w.pt", "deep/w.pt")
+    chain = f"zip://deep/w.pt::{tmp_path}/all.zip"
+    load_weights(backbone, chain)
+    assert holds(backbone, trained)
+    assert digest_of(chain) == digest_of(f"file://{tmp_path}/w.pt") == digest_of(f"{tmp_path}/w.pt") != ""
+    assert "can't be " in refusal(backbone, f"zip://w.pt::{tmp_path}/none.zip")
+    assert "can't be " in refusal(backbone, f"zip://none.pt::{tmp_path}/all.zip")
+
+
+class InPieces(MemoryFileSystem):
+    """A store whose files are never asked for as a whole."""
+
+    protocol = "pieces"
+    largest = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("pieces:/"))
+
+    def cat_file(self, path, **_):
+        raise AssertionError(f"{path} is held in memory")
+
+    def _open(self, path, *args, **options):
+        file = super()._open(path, *args, **options)
+
+        class Reader(io.RawIOBase):
+            def readable(self):
+                return True
+
+            def readinto(self, buffer):
+                InPieces.largest = max(InPieces.largest, len(buffer))
+                return file.readinto(buffer)
+
+        return io.BufferedReader(Reader(), 2**16)
+
+
+def test_a_large_file_is_never_held_in_memory(backbone, trained, tmp_path):
+    fsspec.register_implementation("pieces", InPieces, clobber=True)
+    torch.save({"model": trained, "ema": torch.zeros(2**22)}, tmp_path / "w.pt")
+    location = "pieces://large/w.pt"
+    MemoryFileSystem().put_file(str(tmp_path / "w.pt"), "/large/w.pt")
+    load_weights(backbone, location)
+    assert holds(backbone, trained)
+    assert digest_of(location) == digest_of(str(tmp_path / "w.pt"))
+    assert 0 < InPieces.largest <= 2**22 < (tmp_path / "w.pt").stat().st_size / 4
+
+
+def test_a_temporary_folder_without_room_is_named(backbone, trained, tmp_path, monkeypatch):
+    torch.save(trained, tmp_path / "w.pt")
+    location = f"memory://{tmp_path.name}/w.pt"
+    MemoryFileSystem().put_file(str(tmp_path / "w.pt"), f"/{tmp_path.name}/w.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # the kernel refuses to write on, as a full disk does
+    try:
+        message = refusal(backbone, location)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    place = tempfile.gettempdir()
+    assert message.endswith(f": no space left for it in {place}; free some, or set TMPDIR to a folder with room")
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/none")
+    message = refusal(backbone, location)
+    assert ": no temporary file can be made for it (" in message
+    assert message.endswith("; set TMPDIR to a folder that can be written")
+
+
+def test_a_file_that_cant_be_read_has_no_digest(tmp_path):
+    assert digest_of(f"{tmp_path}/none") == digest_of("memory://none/w.pt") == digest_of(str(tmp_path)) == ""
+    with pytest.raises(WeightsError, match=r"\Abackbone\.weights=nosuch://x/w.pt: can't be reached \("):
+        digest_of("nosuch://x/w.pt")
+
+
+def test_a_run_in_a_store_that_is_out_of_reach_is_told_by_the_key_that_names_it():
+    config = compose_job("finetune", ["data=digits", "backbone=conv4", "backbone.weights=run:nosuch://bucket/base"])
+    for use in (preprocessing_for, weights_digest):
+        with pytest.raises(RunError, match=r"\Abackbone\.weights=run:nosuch://bucket/base: can't be reached \("):
+            use(config)
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "model_ema", "net"])

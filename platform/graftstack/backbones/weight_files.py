@@ -1,17 +1,21 @@
 """Weights from a file, read as data: no file can run code here."""
 
 import contextlib
+import hashlib
 import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from graftstack.errors import WeightsError
+from graftstack.errors import StorageUnreachableError, WeightsError
+from graftstack.file_systems import opened, reaching
+from graftstack.reason import reason
+from graftstack.storage import FULL, is_uri
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "net")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
@@ -44,19 +48,65 @@ def _read_local(path: Path, location: str) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _local_copy(location: str) -> Iterator[Path]:
     """A local path to the file: itself, or a copy that lasts as long as the context."""
-    if "://" not in location:
+    if not is_uri(location):
         yield Path(location).expanduser()
         return
-    import fsspec
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights"
-        try:
-            filesystem, remote = fsspec.core.url_to_fs(location)
-            filesystem.get_file(remote, str(path))
-        except (OSError, ImportError, ValueError) as error:
-            raise _error(location, f"can't be fetched ({error})", "check the address and the credentials") from error
+    with _scratch_file(location) as file:
+        path = Path(f"/dev/fd/{file.fileno()}")
+        _fetch(location, path)
         yield path
+
+
+@contextlib.contextmanager
+def _scratch_file(location: str) -> Iterator[IO[bytes]]:
+    """A temporary file without a name: a kill leaves nothing of it."""
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - what is raised in the block is none of its faults
+    except OSError as error:
+        raise _error(
+            location,
+            f"no temporary file can be made for it ({reason(error)})",
+            "set TMPDIR to a folder that can be written",
+        ) from error
+    with file:
+        yield file
+
+
+def _fetch(location: str, path: Path) -> None:
+    """Copies a file to a local `path`, part by part. Raises `WeightsError`."""
+    try:
+        fs, name = opened(location)
+        with reaching(location):
+            try:
+                fs.get_file(name, str(path))
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise _error(
+                    location,
+                    f"no space left for it in {tempfile.gettempdir()}",
+                    "free some, or set TMPDIR to a folder with room",
+                ) from error
+    except StorageUnreachableError as error:
+        raise WeightsError(f"backbone.weights={error}") from error
+    except OSError as error:
+        raise _error(location, f"can't be fetched ({reason(error)})", "check the address") from error
+
+
+def digest_of(location: str) -> str:
+    """Returns a hash of a local file or of one at a URI; empty if it can't be read, as whoever loads it will say.
+
+    Raises `WeightsError` where that can't be known, for the store is out of reach.
+    """
+    try:
+        with reaching(location) if is_uri(location) else contextlib.nullcontext():
+            fs, name = opened(location)
+            with fs.open(name, "rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except StorageUnreachableError as error:
+        raise WeightsError(f"backbone.weights={error}") from error
+    except OSError:
+        return ""
 
 
 def _start_of(path: Path, location: str) -> bytes:

@@ -5,14 +5,15 @@ in Ray's object store, where NumPy arrays are read in place.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from graftstack.cluster.blocks import Blocks
+from graftstack.cluster.patience import Patience
 from graftstack.cluster.process import RunnerProcess
 from graftstack.cluster.references import done, last_line, result_of, why_lost
+from graftstack.cluster.resources import what_there_is
 from graftstack.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class RayCrew:
         self._num_wanted = num_workers
         self._needs = f"{num_cpus:g} CPUs and {num_gpus:g} GPUs"
         self._max_losses = max_losses
-        self._patience_s = patience_s
+        self._patience = Patience(patience_s, f"a worker of {self._needs}")
         self._step = 0
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
@@ -149,7 +150,7 @@ class RayCrew:
             return None
         if num_placed := self._num_placed:
             return f"{num_placed} of {self.num_workers} workers to start"
-        return f"room for a worker, which takes {self._needs}: {_what_there_is()}"
+        return f"room for a worker, which takes {self._needs}: {what_there_is()}"
 
     def call(
         self,
@@ -167,9 +168,9 @@ class RayCrew:
         try:
             self._replace()
             blocks = Blocks(self._step, method, args_list, ray.put(tuple(shared)) if shared else ())
-            seen = time.monotonic()
+            self._patience.renew()
             while blocks.are_waiting or self._running:
-                seen = self._last_seen(seen)
+                self._check_there_is_hope()
                 self._deal(blocks)
                 self._wait(blocks)
                 poll(len(blocks.results))
@@ -268,13 +269,8 @@ class RayCrew:
         """How many of those that are starting have a place on a node."""
         return len(done([worker.node for worker in self._starting.values()], 0.0))
 
-    def _last_seen(self, before: float) -> float:
-        """Returns when there last was a process with a place on a node.
-
-        Raises:
-            TrainingError: none is left, or none has come for too long.
-        """
-        now = time.monotonic()
+    def _check_there_is_hope(self) -> None:
+        """Raises `TrainingError` if no process is left, or none has come for too long."""
         if not self._workers:
             num = self.num_losses
             raise TrainingError(
@@ -282,20 +278,5 @@ class RayCrew:
                 f"what ended the last: {self._why_lost}"
             )
         if self._is_anybody_there or self._num_placed:
-            return now
-        if now - before > self._patience_s:
-            raise TrainingError(
-                f"no worker has started for {self._patience_s:g} s, since each takes {self._needs}: "
-                f"{_what_there_is()}; free some of them, or use a smaller cluster.cpus_per_worker"
-            )
-        return before
-
-
-def _what_there_is() -> str:
-    """Returns what the cluster has, and what of it nobody has taken."""
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    amounts = [f"{total.get(name, 0):g} {name}s, {free.get(name, 0):g} of them free" for name in ("CPU", "GPU")]
-    return f"the {num_nodes} nodes of the cluster have {' and '.join(amounts)}"
+            self._patience.renew()
+        self._patience.check()

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
+from graftstack.cluster.autoscaler import num_ahead
 from graftstack.cluster.references import done, is_out_of_memory
 from graftstack.cluster.session import quiet_ray, ray_session
 from graftstack.config.schema import ClusterConfig, ClusterKind
@@ -179,12 +180,13 @@ class _Nodes:
     def __init__(self) -> None:
         self._looked: float | None = None
         self._cpus: list[int] = []
+        self._num_ahead = 0
 
     @property
     def num_cpus(self) -> int:
-        """Of all nodes that are alive."""
+        """Of all nodes that are alive, and some of those that an autoscaler brings once calls wait for them."""
         self._look()
-        return sum(self._cpus)
+        return sum(self._cpus) + self._num_ahead
 
     @property
     def most_cpus(self) -> int:
@@ -198,6 +200,7 @@ class _Nodes:
         if self._looked is not None and time.monotonic() < self._looked + _LOOK_AGAIN_S:
             return
         self._cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        self._num_ahead = num_ahead()
         self._looked = time.monotonic()
 
 
@@ -211,13 +214,14 @@ def connect(num_slots: int | None = None, *, cluster: ClusterConfig | None = Non
         ConfigError: no cluster answers at `cluster.address`.
     """
     cluster = cluster or ClusterConfig()
+    num_slots = cluster.cpus_of(num_slots or sys.maxsize)
     if cluster.kind is ClusterKind.inline:
         return inline()
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return RayExecutor(num_slots, verbose=verbose)
     if cluster.kind is ClusterKind.ray:
         return _connected(num_slots, cluster, verbose=verbose)
-    if (num_slots or usable_cpus()) < 2:
+    if min(num_slots, usable_cpus()) < 2:
         return inline()
     return WarmingExecutor(partial(_warm, num_slots, cluster, verbose=verbose), start_s=_START_S)
 

@@ -20,6 +20,10 @@ class Display(Protocol):
         """The fields of `finetune.training.Progress`."""
         ...
 
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+        ...
+
 
 def launch(
     job: str, config: FinetuneConfig, *, overrides: Sequence[str], display: Display, verbose: bool = False
@@ -40,25 +44,25 @@ def launch(
 
     from graftstack.finetune.task import prepare
 
-    with _session(checked.config, verbose=verbose):
+    with _session(checked.config, display, verbose=verbose) as num_cpus:
         task = prepare(checked.config, progress=display.reading)
         with open_run(checked) as run:
-            outcome = _train(run, task, display, verbose=verbose)
+            outcome = _train(run, task, display, num_cpus, verbose=verbose)
             run.folder.sweep()  # a worker that was lost may have been writing
             run.update(status="done", metrics=outcome.metrics, artifacts=outcome.artifacts, details=outcome.details)
     return run
 
 
-def _session(config: FinetuneConfig, *, verbose: bool) -> AbstractContextManager[None]:
-    """Connects to the cluster, where one is needed, and checks that the workers fit on it."""
+def _session(config: FinetuneConfig, display: Display, *, verbose: bool) -> AbstractContextManager[int | None]:
+    """Connects to the cluster, where one is needed, and waits for room for the workers; yields the CPUs of each."""
     if not needs_group(config.cluster):
         return nullcontext()
     from graftstack.cluster.train import cluster_session
 
-    return cluster_session(config, verbose=verbose)
+    return cluster_session(config, say=display.say, verbose=verbose)
 
 
-def _train(run: Run, task: Any, display: Display, *, verbose: bool) -> Any:
+def _train(run: Run, task: Any, display: Display, num_cpus: int | None, *, verbose: bool) -> Any:
     from graftstack.cluster import train
 
     config: FinetuneConfig = task.config
@@ -73,8 +77,8 @@ def _train(run: Run, task: Any, display: Display, *, verbose: bool) -> Any:
         if progress := read_progress(run.folder):
             display.training(progress)
 
-    if needs_group(config.cluster):
-        return train.train_in_group(config, run.folder, poll=poll, verbose=verbose)
+    if num_cpus is not None:
+        return train.train_in_group(config, run.folder, num_cpus=num_cpus, poll=poll, verbose=verbose, say=display.say)
     if config.cluster.kind is ClusterKind.inline:
         return train.train_inline(task, run.folder, on_progress)
     return train.train_in_process(task, run.folder, on_progress)

@@ -4,11 +4,11 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from graftstack.cluster.train import GroupStop, train_in_group
-from graftstack.errors import GraftstackError, StorageFullError
+from graftstack.errors import GraftstackError, StorageError
 from graftstack.finetune.job import CHECKPOINTS
 from graftstack.reason import reason
 from graftstack.storage import Folder
@@ -31,23 +31,27 @@ class _Group(NamedTuple):
 
 
 class GroupPool:
-    """Trains each unit, a single trial, to its end; the groups of `num_slots` trials fit on the cluster together.
+    """Trains each unit, a single trial, to its end; the groups of `num_slots()` trials fit on the cluster together.
 
-    The trials themselves hold no resources, only their groups do: none waits for what a waiting one holds.
+    The trials themselves hold no resources, only their groups do: none waits for what a waiting one holds. Where a
+    node goes, a group waits in Ray until another has ended, or another node has come.
     """
 
-    def __init__(self, settings: "RunnerSettings", *, num_slots: int, verbose: bool) -> None:
+    def __init__(
+        self, settings: "RunnerSettings", *, num_slots: Callable[[], int], num_cpus: int, verbose: bool
+    ) -> None:
         self._settings = settings
         self._folder = Folder(settings.trials_folder)
         self._num_slots = num_slots
+        self._num_cpus = num_cpus
         self._verbose = verbose
         self._running: dict[str, _Group] = {}
-        self._events: queue.Queue[Event | StorageFullError] = queue.Queue()
+        self._events: queue.Queue[Event | StorageError] = queue.Queue()
 
     @property
     def num_free(self) -> int:
-        """How many trials can be started now."""
-        return self._num_slots - len(self._running)
+        """How many trials can be started now. Where none runs, one may wait for its group."""
+        return max(self._num_slots() - len(self._running), 0 if self._running else 1)
 
     def start(self, unit: Unit) -> None:
         """Begins the trial of `unit`."""
@@ -57,12 +61,12 @@ class GroupPool:
         thread.start()
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Returns what has happened since, after at most `timeout_s`. Raises `StorageFullError`."""
+        """Returns what has happened since, after at most `timeout_s`. Raises `StorageError`."""
         try:
             event = self._events.get(timeout=timeout_s)
         except queue.Empty:
             return []
-        if isinstance(event, StorageFullError):
+        if isinstance(event, StorageError):
             raise event
         self._running.pop(event.unit.name, None)
         return [event]
@@ -80,12 +84,12 @@ class GroupPool:
         self._running.clear()
 
     def _train(self, unit: Unit, stop: GroupStop) -> None:
-        event: UnitEnd | UnitLost | StorageFullError
+        event: UnitEnd | UnitLost | StorageError
         try:
             event = self._end_of(unit, stop)
         except KeyboardInterrupt:  # the pool is closed
             return
-        except StorageFullError as error:
+        except StorageError as error:
             event = error
         except Exception as error:  # a fault of one trial is not one of the sweep
             event = UnitLost(unit, reason(error))
@@ -101,12 +105,13 @@ class GroupPool:
             outcome = train_in_group(
                 trial.config,
                 folder,
+                num_cpus=self._num_cpus,
                 poll=stop.check,
                 verbose=self._verbose,
                 tap=None if unit.tap is None else (self._settings.store, unit.tap),
             )
             result = _result(trial, outcome, time.monotonic() - began)
-        except StorageFullError:
+        except StorageError:
             raise
         except GraftstackError as error:
             result = TrialResult(

@@ -3,14 +3,15 @@
 import logging
 import re
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from graftstack.backbones.catalog import require_known
@@ -22,14 +23,24 @@ from graftstack.config.schema import ClusterConfig, ClusterKind, JobConfig
 from graftstack.config.space import full_key
 from graftstack.config.stack import StackConfig, StackOptions
 from graftstack.config.sweep import SweepConfig
-from graftstack.errors import BadInputError, GraftstackError, TrainingError
-from graftstack.runs import MANIFEST, Manifest, Run, now
+from graftstack.errors import (
+    BadInputError,
+    ConfigError,
+    GraftstackError,
+    RunError,
+    StorageUnreachableError,
+    TrainingError,
+)
+from graftstack.runs import MANIFEST, Manifest, Run, Status, now
 from graftstack.storage import Folder, is_uri
 
 log = logging.getLogger(__name__)
 
 # What YAML reads as true.
 _TRUE = {"true", "yes", "on", "1"}
+
+# Where the taps of a cluster lie unless it is said, below the runs; no name of a run begins with a dot.
+_SHARED_TAPS = ".taps"
 
 # How often other hosts are given a sign of life.
 _BEAT_EVERY_S = 10.0
@@ -74,12 +85,24 @@ def check(job: str, config: Config, overrides: Sequence[str]) -> Checked[Config]
         overrides=_last_of_each_key([*overrides, *_path_overrides(config, given)]),
     )
     checked = Checked(config, manifest, Run.check(config.runs_dir, manifest, resume=config.resume))
+    if not checked.is_done:
+        _check_taps(config)
     # What a cluster has is known once it is connected to.
-    if not checked.is_done and config.cluster.kind is not ClusterKind.ray:
+    if not checked.is_done and config.cluster.kind in (ClusterKind.inline, ClusterKind.local):
         from graftstack.cluster.resources import check_resources, machine_resources
 
-        check_resources(config.cluster, machine_resources())
+        check_resources(config.cluster, machine_resources(config.cluster))
     return checked
+
+
+def _check_taps(config: JobConfig) -> None:
+    """Raises `ConfigError` where taps are to lie at a URI that can't be reached."""
+    location = config.taps.location if isinstance(config, SweepConfig | StackOptions | MetaConfig) else None
+    if location is not None and is_uri(location):
+        try:
+            Folder(location).names()
+        except StorageUnreachableError as error:
+            raise ConfigError(f"taps.location={error}") from error
 
 
 def _last_of_each_key(overrides: Sequence[str]) -> list[str]:
@@ -149,25 +172,42 @@ def open_run(checked: Checked[Config]) -> Iterator[Run]:
     Whatever ends the process, the run stays resumable.
 
     Raises:
-        TrainingError: bad input that was met too late to leave no trace.
+        RunError: another process began it since it was checked.
+        TrainingError: bad input that was met too late to leave no trace, a store that is out of reach, or another
+            process that took the run over.
         KeyboardInterrupt: it was interrupted; the message says how to continue.
     """
     config, manifest = checked.config, checked.manifest
     run = Run.start(config.runs_dir, manifest, resume=config.resume)
-    run.folder.write("config.yaml", to_yaml(config).encode())
+    if run.manifest.status == "done":
+        raise RunError(
+            f"name={config.name}: another process finished it a moment ago; read it with graftstack runs show"
+        )
     try:
+        run.folder.write("config.yaml", to_yaml(config).encode())
         yield run
     except KeyboardInterrupt:
-        run.update(status="interrupted", error="interrupted")
+        _say_how_it_ended(run, status="interrupted", error="interrupted")
         where = [f"runs_dir={config.runs_dir}"] if config.runs_dir != _absolute(JobConfig.runs_dir) else []
         command = shlex.join(["graftstack", manifest.job, f"name={config.name}", "resume=true", *where])
         raise KeyboardInterrupt(f"interrupted; continue with: {command}") from None
     except BadInputError as error:  # e.g. an image that is decoded for its batch
-        run.update(status="failed", error=str(error))
+        _say_how_it_ended(run, status="failed", error=str(error))
         raise TrainingError(str(error)) from error
+    except StorageUnreachableError as error:
+        _say_how_it_ended(run, status="failed", error=str(error))
+        raise TrainingError(f"{error}, then continue with resume=true") from error
     except BaseException as error:
-        run.update(status="failed", error=str(error) or type(error).__name__)
+        _say_how_it_ended(run, status="failed", error=str(error) or type(error).__name__)
         raise
+
+
+def _say_how_it_ended(run: Run, *, status: Status, error: str) -> None:
+    """Says it in the manifest, unless that can't be written: then the run is one whose process is gone."""
+    try:
+        run.update(status=status, error=error)
+    except (GraftstackError, OSError) as fault:  # the error itself is what the user is to see
+        log.debug("%s: doesn't say how it ended (%s)", run.folder.location, fault)
 
 
 def heartbeat(run: Run) -> Callable[[], None]:
@@ -177,7 +217,8 @@ def heartbeat(run: Run) -> Callable[[], None]:
     def beat() -> None:
         nonlocal last
         if time.monotonic() - last >= _BEAT_EVERY_S:
-            run.beat()
+            with suppress(StorageUnreachableError):  # whoever has something to write finds out too
+                run.beat()
             last = time.monotonic()
 
     return beat
@@ -185,23 +226,46 @@ def heartbeat(run: Run) -> Callable[[], None]:
 
 @contextmanager
 def beating(run: Run) -> Iterator[None]:
-    """Shows other hosts now and then that the run is worked on, for the block, which leaves the manifest alone."""
-    is_over = Event()
+    """Shows other hosts now and then that the run is worked on, for the block, which leaves the manifest alone.
+
+    Raises `TrainingError`, amid the block if that can be interrupted: another process took the run over.
+    """
+    is_over, taken = Event(), list[TrainingError]()
 
     def beat() -> None:
         while not is_over.wait(_BEAT_EVERY_S):
             try:
                 run.beat()
+            except TrainingError as error:
+                taken.append(error)
+                _interrupt()
+                return
             except (GraftstackError, OSError) as error:  # whoever has something to write finds out too
                 log.debug("%s: no sign of life (%s)", run.folder.location, error)
 
     thread = Thread(target=beat, daemon=True, name="heartbeat")
-    thread.start()
     try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+        try:
+            thread.start()
+            yield
+        finally:
+            is_over.set()
+            if thread.is_alive():
+                thread.join()
+    except KeyboardInterrupt:
+        if taken:
+            raise taken[0] from None
+        raise
+    if taken:
+        raise taken[0]
+
+
+def _interrupt() -> None:
+    """Interrupts the main thread as Ctrl-C does, unless it is deaf to that."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have put this process in the background
+        if callable(signal.getsignal(number)):
+            signal.pthread_kill(main_thread().ident or 0, number)
+            return
 
 
 def _default_name(job: str) -> str:
@@ -216,7 +280,11 @@ def with_absolute_paths(config: Config) -> Config:
     changes: dict[str, Any] = {"data": data, "backbone": backbone, "runs_dir": runs_dir}
     more: object = config
     if isinstance(more, SweepConfig | StackOptions | MetaConfig):
-        changes["taps"] = replace(more.taps, location=_absolute(more.taps.location))
+        location = _absolute(more.taps.location)
+        if location is None and config.cluster.kind is ClusterKind.ray:
+            # The cache is each node's own; where the runs lie, all nodes find what one of them made.
+            location = Folder(runs_dir).path(_SHARED_TAPS)
+        changes["taps"] = replace(more.taps, location=location)
     if isinstance(more, SweepConfig):
         changes["space"] = flatten(more.space) | _path_domains(more.space, runs_dir)
     if isinstance(more, StackOptions):

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from graftstack.cluster.admission import admit
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import beating, check, needs_group, open_run
-from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, cpus_per_worker
+from graftstack.cluster.resources import cpus_per_worker, most_workers
 from graftstack.cluster.session import ray_session
 from graftstack.config.meta import MetaConfig
 from graftstack.config.schema import ClusterKind
@@ -48,10 +49,6 @@ class MetaDisplay(Display, Protocol):
         """Held-out episodes scored, of all."""
         ...
 
-    def say(self, text: str) -> None:
-        """A line worth reading."""
-        ...
-
 
 def launch_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisplay, verbose: bool = False) -> Run:
     """Runs a meta-training to its end and returns its run; a run that is done already is returned as it is.
@@ -75,7 +72,7 @@ def launch_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDi
     model = _model(task)
     if hint := _idle_cpus(checked.config):
         display.say(hint)
-    with _crew(task, verbose=verbose) as crew, open_run(checked) as run:
+    with _crew(task, display, verbose=verbose) as crew, open_run(checked) as run:
         listener = Listener(display.episodes, display.evaluating, _Waiting(crew, display))
         with beating(run), _known_features(task, model, crew, listener, display) as features:
             outcome = MetaJob(task, model, crew, run.folder, features_of=features, listener=listener).run()
@@ -115,7 +112,7 @@ def plan_meta(config: MetaConfig, *, overrides: Sequence[str], display: MetaDisp
 
 def _idle_cpus(config: MetaConfig) -> str | None:
     """Returns how more workers would help, where each has one thread and CPUs are left over."""
-    num_workers, num_cpus = config.cluster.max_workers, usable_cpus()
+    num_workers, num_cpus = config.cluster.max_workers, config.cluster.cpus_of(usable_cpus())
     most = min(num_cpus, config.num_blocks)
     if config.cluster.kind is not ClusterKind.local or config.num_threads(num_cpus) > 1 or most <= num_workers:
         return None
@@ -147,7 +144,7 @@ class _Waiting:
 
 
 @contextmanager
-def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
+def _crew(task: "MetaTask", display: MetaDisplay, *, verbose: bool) -> "Iterator[Crew]":
     """Opens what goes through the episodes, for the block: this process, or several of a cluster."""
     cluster = task.config.cluster
     if not needs_group(cluster):
@@ -161,10 +158,9 @@ def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
         from graftstack.cluster.crew import RayCrew
         from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 
-        resources = cluster_resources()
-        check_resources(cluster, resources)
-        num_threads = task.config.num_threads(cpus_per_worker(cluster, resources))
-        check_nodes(cluster, num_threads)
+        num_threads = task.config.num_threads(cpus_per_worker(cluster))
+        # The others join the first one once there is room for them.
+        admit(cluster, num_cpus=num_threads, at_once=1, say=display.say)
         # What this process computes itself is to be the same on any number of workers too.
         torch.set_num_threads(num_threads)
         settings = RunnerSettings(
@@ -176,11 +172,12 @@ def _crew(task: "MetaTask", *, verbose: bool) -> "Iterator[Crew]":
         )
         crew = RayCrew(
             partial(EpisodeRunner, settings),
-            num_workers=cluster.max_workers,
+            num_workers=min(cluster.max_workers, most_workers(cluster, num_threads)),
             num_cpus=num_threads,
             num_gpus=cluster.gpus_per_worker,
             num_threads=num_threads,
             max_losses=cluster.max_failures,
+            patience_s=cluster.max_wait_s,
             verbose=verbose,
         )
         try:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from graftstack.config.schema import ClusterConfig, ClusterKind
-from graftstack.errors import ConfigError
+from graftstack.errors import ConfigError, TrainingError
 from graftstack.machine import usable_cpus
 from graftstack.reason import reason
 
@@ -45,13 +46,14 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
         quiet_ray()
     is_embedded = cluster.kind is ClusterKind.local
     if not is_embedded:
-        _check_port(cluster.address)
+        _check_address(cluster.address)
     try:
         with _own_signal_handlers():
             # Ray Train's cleaner asks the dashboard for the cluster's state, and floods the log where there is none.
             ray.init(
                 address="local" if is_embedded else cluster.address,
-                num_cpus=usable_cpus() if is_embedded else None,
+                num_cpus=cluster.cpus_of(usable_cpus()) if is_embedded else None,
+                namespace=None if is_embedded else cluster.namespace,
                 include_dashboard=True if is_embedded else None,
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
@@ -64,8 +66,16 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
                 "cluster=inline"
             ) from error
         raise _no_cluster(cluster.address, reason(error)) from error
+    gcs_address = ray.get_runtime_context().gcs_address
     try:
         yield
+    except (RayError, OSError, TrainingError) as error:  # whatever is met first
+        if is_embedded or _answers(gcs_address):
+            raise
+        raise TrainingError(
+            f"cluster.address={cluster.address}: the cluster is gone ({reason(error)}); go on in another one with "
+            "resume=true and its cluster.address"
+        ) from error
     finally:
         ray.shutdown()
 
@@ -85,13 +95,31 @@ def _own_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_port(address: str) -> None:
+def _answers(address: str) -> bool:
+    try:
+        _connect(address)
+    except OSError:
+        return False
+    return True
+
+
+def _connect(address: str) -> None:
+    """Raises `OSError` where nobody listens."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
+
+
+def _check_address(address: str) -> None:
     """Raises `ConfigError` at once where nobody listens; Ray would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"cluster.address={address}: Ray's client knows too little of a cluster for this; submit the job to it "
+            "(graftstack submit --to http://HOST:8265), or give HOST:6379 on one of its nodes"
+        )
+    if not re.search(r":\d+$", address):
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
+        _connect(address)
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, reason(error)) from error
 

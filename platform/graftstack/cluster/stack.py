@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from graftstack.cluster.admission import admit
 from graftstack.cluster.executor import connect
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import beating, check, open_run
-from graftstack.cluster.resources import check_resources, cluster_resources
 from graftstack.cluster.trained import trained_bases, trained_runs
 from graftstack.config.schema import ClusterKind
 from graftstack.config.stack import StackConfig
@@ -35,10 +35,6 @@ class StackDisplay(Display, Protocol):
         """Where the base models stand."""
         ...
 
-    def say(self, text: str) -> None:
-        """A line worth reading."""
-        ...
-
 
 def launch_stack(config: StackConfig, *, overrides: Sequence[str], display: StackDisplay, verbose: bool = False) -> Run:
     """Runs a stack to its end and returns its run; a run that is done already is returned as it is.
@@ -60,7 +56,7 @@ def launch_stack(config: StackConfig, *, overrides: Sequence[str], display: Stac
 
     from graftstack.stacking.job import run_stack
 
-    with _executor(checked.config, verbose=verbose) as executor, open_run(checked) as run:
+    with _executor(checked.config, display, verbose=verbose) as executor, open_run(checked) as run:
         with beating(run):
             outcome = run_stack(
                 task,
@@ -97,7 +93,7 @@ def check_leakage(
 
     config = check("stack", config, overrides).config
     task = _prepared(config, display)
-    with _executor(config, verbose=verbose) as executor:
+    with _executor(config, display, verbose=verbose) as executor:
         return leakage(task, executor, tell=display.fitting)
 
 
@@ -133,12 +129,12 @@ def _time_left(config: StackConfig, began: float) -> float | None:
 
 
 @contextmanager
-def _executor(config: StackConfig, *, verbose: bool) -> Iterator[Executor]:
-    """Opens what runs the tasks, for the block."""
+def _executor(config: StackConfig, display: StackDisplay, *, verbose: bool) -> Iterator[Executor]:
+    """Opens what runs the tasks, for the block, once there is room for one."""
     executor = connect(config.max_slots, cluster=config.cluster, verbose=verbose)
     try:
         if config.cluster.kind is ClusterKind.ray:
-            check_resources(config.cluster, cluster_resources())
+            admit(config.cluster, num_cpus=config.cluster.cpus_per_worker or 1, say=display.say)
         yield executor
     finally:
         executor.close()

@@ -8,23 +8,29 @@ doesn't know (a proxy's word) is passed on as it is, and a stream of logs just e
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import quote
 
-from graftstack.errors import BadInputError, GraftstackError
+from graftstack.cluster.job_address import (
+    ACCEPT_S,
+    TokenError,
+    address_in,
+    cause_of,
+    environment_for_ray,
+    headers_in,
+    no_answer,
+    no_server,
+    token_in,
+    url_of,
+)
+from graftstack.errors import GraftstackError
 from graftstack.reason import reason
 
-# Ray's own tools look into these, in this order.
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_DASHBOARD_PORT = 8265
-
-# How long a server may take to accept a connection, to answer, and to take a part of an upload; in seconds.
-_ACCEPT_S = 5.0
+# How long a server may take to answer, and to take a part of an upload; in seconds.
 _ANSWER_S = 20.0
 _TAKE_S = 120.0
 
@@ -41,6 +47,10 @@ STOPPED, SUCCEEDED, FAILED = "STOPPED", "SUCCEEDED", "FAILED"
 
 class UnreachableError(GraftstackError):
     """A job server doesn't answer, or not as one does; it may a moment later."""
+
+
+class SlowError(UnreachableError):
+    """A job server took longer to answer than it may."""
 
 
 class Submission(NamedTuple):
@@ -72,25 +82,34 @@ class JobServer:
     token.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, *, answer_s: float = _ANSWER_S) -> None:
         """Finds the server and asks it for its version.
 
         Args:
             address: ``http://HOST:PORT`` of the dashboard, ``HOST:PORT`` of the dashboard or the cluster, ``auto`` or
                 ``ray://HOST:PORT``; None: what the environment says, else the cluster on this machine.
+            answer_s: How long it may take to accept a connection, and to answer.
 
         Raises:
             BadInputError: it is no address, or nothing that takes jobs answers there.
         """
-        given = address or next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), "auto")
-        token = _token(os.environ)
-        self.address = _url(given, token)
+        given = address or address_in(os.environ)
+        token = token_in(os.environ)
+        self._has_token = token is not None
+        self.address = url_of(given, token, answer_s)
         try:
-            self._client: Any = _client(self.address, token)
+            self._client: Any = _client(self.address, token, answer_s)
+        except SlowError as error:
+            raise no_answer(given) from error
         except UnreachableError as error:
-            raise _no_server(given, str(error)) from error
-        except BadInputError as error:
-            raise BadInputError(f"--to {given}: {error}") from error
+            raise no_server(given, str(error)) from error
+        except TokenError as error:
+            raise TokenError(f"--to {given}: {error}") from error
+
+    def ray_version(self) -> str:
+        """Returns the version of Ray that the cluster runs."""
+        with self._explained():
+            return str(self._client.about()["ray_version"])
 
     def submit(self, submission_id: str, *, entrypoint: str, package: Path, metadata: Mapping[str, str]) -> None:
         """Sends a package, unless the cluster has it, and runs a command in its folder.
@@ -104,7 +123,7 @@ class JobServer:
         Raises:
             UnreachableError: also where the server refuses; whether the submission was taken, `find` knows.
         """
-        with _explained():
+        with self._explained():
             self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=submission_id,
@@ -114,26 +133,31 @@ class JobServer:
 
     def find(self, submission_id: str) -> Submission | None:
         """Returns a submission as it is now, or None where the cluster knows none of that name."""
-        with _explained():
+        with self._explained():
             found = self._client.details(submission_id) if submission_id else None
             # Ray answers for drivers too, which nobody submitted.
             return _submission(found) if found and found.get("submission_id") else None
 
     def submissions(self) -> list[Submission]:
         """Returns all that was submitted, oldest first."""
-        with _explained():
+        with self._explained():
             found = self._client.list_details()
             submissions = [_submission(details) for details in found if details.get("submission_id")]
         return sorted(submissions, key=lambda one: (one.started or 0.0, one.id))
 
     def stop(self, submission_id: str) -> bool:
         """Asks a job to stop; returns whether there was one to ask. It is over a few seconds later."""
-        with _explained():
+        with self._explained():
             return bool(self._client.stop_job(submission_id))
+
+    def delete(self, submission_id: str) -> None:
+        """Makes the cluster forget a submission that is over; no other may have its name."""
+        with self._explained():
+            self._client.delete_job(submission_id)
 
     def logs(self, submission_id: str) -> str:
         """Returns all that a job has said so far."""
-        with _explained():
+        with self._explained():
             return str(self._client.get_job_logs(submission_id))
 
     def stream(self, submission_id: str) -> Iterator[str]:
@@ -164,6 +188,9 @@ class JobServer:
             loop.run_until_complete(chunks.aclose())
             loop.close()
 
+    def _explained(self) -> AbstractContextManager[None]:
+        return _explained(has_token=self._has_token)
+
 
 async def _next(chunks: AsyncIterator[str]) -> str | None:
     """Returns the next part of a stream, or None at its end."""
@@ -193,14 +220,14 @@ def _submission(details: Mapping[str, Any]) -> Submission:
     )
 
 
-def _client(url: str, token: str | None) -> Any:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    with _explained(), _no_address_in_environment():
-        return _client_type()(url, headers=headers)
+def _client(url: str, token: str | None, answer_s: float) -> Any:
+    headers = headers_in(os.environ) | ({"Authorization": f"Bearer {token}"} if token else {})
+    with _explained(has_token=token is not None), environment_for_ray():
+        return _client_type(answer_s)(url, headers=headers)
 
 
 @cache
-def _client_type() -> type:
+def _client_type(answer_s: float) -> type:
     """Returns Ray's client, with time limits and with answers as they are."""
     from ray.job_submission import JobSubmissionClient
 
@@ -212,6 +239,9 @@ def _client_type() -> type:
             answer = self._do_request("GET", f"/api/jobs/{quote(submission_id, safe='')}")
             return None if answer.status_code == 404 else self._content(answer)
 
+        def about(self) -> Any:
+            return self._content(self._do_request("GET", "/api/version"))
+
         def list_details(self) -> Any:
             return self._content(self._do_request("GET", "/api/jobs/"))
 
@@ -221,8 +251,8 @@ def _client_type() -> type:
             return answer.json()
 
         def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
-            answer_s = _ANSWER_S if method == "GET" else _TAKE_S
-            return super()._do_request(method, endpoint, timeout=(_ACCEPT_S, answer_s), **more)
+            limits = (min(ACCEPT_S, answer_s), answer_s if method == "GET" else _TAKE_S)
+            return super()._do_request(method, endpoint, timeout=limits, **more)
 
         def _raise_error(self, answer: Any) -> None:
             lines = [line for line in answer.text.splitlines() if line.strip(" .")]
@@ -232,7 +262,7 @@ def _client_type() -> type:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(*, has_token: bool) -> Iterator[None]:
     """Turns what Ray's client and the libraries below it raise into errors of ours."""
     import requests
     from ray.exceptions import RayError
@@ -240,15 +270,21 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RayError as error:  # of tokens: this client has no others
-        why = "the one that it got isn't its own (403)" if "failed" in str(error) else "it got none (401)"
-        raise BadInputError(
+        is_refused = "failed" in str(error)
+        if is_refused and not has_token:  # Ray itself says 401 to that
+            raise TokenError(
+                "what answers refused a request without a token (403); a proxy in front may want headers: set "
+                "RAY_JOB_HEADERS to them, or RAY_AUTH_TOKEN to the cluster's token"
+            ) from error
+        why = "the one that it got isn't its own (403)" if is_refused else "it got none (401)"
+        raise TokenError(
             f"the cluster asks for a token, and {why}; set RAY_AUTH_TOKEN to its token, or RAY_AUTH_TOKEN_PATH to a "
             "file that holds it"
         ) from error
     except requests.exceptions.Timeout as error:
-        raise UnreachableError("no answer in time") from error
+        raise SlowError("no answer in time") from error
     except (requests.exceptions.RequestException, ConnectionError) as error:
-        raise UnreachableError(_cause(error)) from error
+        raise UnreachableError(cause_of(error)) from error
     except (
         ValueError,
         RuntimeError,
@@ -257,104 +293,3 @@ def _explained() -> Iterator[None]:
         AttributeError,
     ) as error:  # an answer, and not in the words of Ray
         raise UnreachableError(f"what answers isn't Ray's job server: {reason(error)}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """Returns the words of the operating system for a lost connection, where they are to be had."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        found = found.__cause__ or found.__context__
-    return reason(error)
-
-
-@contextmanager
-def _no_address_in_environment() -> Iterator[None]:
-    """Hides what Ray's client would prefer to the address that it is given."""
-    before = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-
-
-def _token(environ: Mapping[str, str]) -> str | None:
-    """Returns the token that Ray would send, also where nothing says that it should: a cluster without ignores it."""
-    if environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
-        return None
-    if token := environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    named = environ.get("RAY_AUTH_TOKEN_PATH")
-    try:
-        return Path(named or "~/.ray/auth_token").expanduser().read_text().strip() or None
-    except (OSError, ValueError, RuntimeError) as error:
-        if named:
-            raise BadInputError(f"RAY_AUTH_TOKEN_PATH={named}: can't be read ({reason(error)}); correct it") from error
-        return None
-
-
-def _url(given: str, token: str | None) -> str:
-    """Returns the URL of the job server at an address. Raises `BadInputError`."""
-    if given == "auto" or given.startswith("ray://"):
-        return _asked_of_ray(given, token)
-    has_scheme = "://" in given
-    parts = _parts(given if has_scheme else f"http://{given}")
-    if parts is None or parts.scheme not in ("http", "https"):
-        raise BadInputError(
-            f"--to {given}: no address of a cluster; write http://HOST:{_DASHBOARD_PORT}, as its dashboard has it"
-        )
-    host = str(parts.hostname)
-    port = parts.port or (_DASHBOARD_PORT if not has_scheme else 443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((host, port), timeout=_ACCEPT_S).close()
-    except (OSError, UnicodeError) as error:
-        raise _no_server(given, _cause(error)) from error
-    if has_scheme:
-        return given.rstrip("/")
-    url = f"http://{parts.netloc if parts.port else f'{parts.netloc}:{port}'}"
-    return url if _speaks_http(url, given) else _asked_of_ray(given, token)
-
-
-def _parts(url: str) -> SplitResult | None:
-    """Returns the parts of a URL, or None if it has no host, or no port that could be one."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return None
-    return parts if parts.hostname else None
-
-
-def _speaks_http(url: str, given: str) -> bool:
-    """Returns whether what listens there is no cluster's own port, at which other requests than Ray's are hung up."""
-    import requests
-
-    try:
-        requests.get(f"{url}/api/version", timeout=_ANSWER_S)
-    except requests.exceptions.Timeout as error:
-        raise _no_server(given, "no answer in time") from error
-    except requests.exceptions.RequestException:
-        return False
-    return True
-
-
-def _asked_of_ray(given: str, token: str | None) -> str:
-    """Returns the URL of the dashboard of the cluster that Ray knows by another address."""
-    if token:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    from ray.dashboard.utils import get_address_for_submission_client
-    from ray.exceptions import RayError
-
-    try:
-        with _no_address_in_environment():
-            return str(get_address_for_submission_client(given))
-    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_server(given, reason(error)) from error
-
-
-def _no_server(given: str, why: str) -> BadInputError:
-    return BadInputError(
-        f"--to {given}: no Ray cluster takes jobs there ({why.rstrip('.')}); check that it runs, and give the address "
-        f"of its dashboard, as in http://HOST:{_DASHBOARD_PORT}"
-    )

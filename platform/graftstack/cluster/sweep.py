@@ -59,10 +59,6 @@ class SweepDisplay(Display, Protocol):
         """Where the trials stand."""
         ...
 
-    def say(self, text: str) -> None:
-        """A line worth reading."""
-        ...
-
 
 def launch_sweep(config: SweepConfig, *, overrides: Sequence[str], display: SweepDisplay, verbose: bool = False) -> Run:
     """Runs a sweep to its end and returns its run; a run that is done already is returned as it is.
@@ -79,7 +75,7 @@ def launch_sweep(config: SweepConfig, *, overrides: Sequence[str], display: Swee
     if checked.is_done:
         assert checked.existing is not None
         return checked.existing
-    with _cluster(checked.config, verbose=verbose):
+    with _cluster(checked.config, display, verbose=verbose):
         sweep = _Sweep(checked, display, verbose=verbose)
         plan = sweep.plan()
         with open_run(checked) as run:
@@ -102,28 +98,28 @@ def plan_sweep(config: SweepConfig, *, overrides: Sequence[str], display: SweepD
     removed.
     """
     sweep = _Sweep(check("sweep", config, overrides), display, verbose=False)
-    return PlannedSweep(sweep.plan(), sweep.probe())
+    return PlannedSweep(sweep.with_memory(sweep.plan()), sweep.probe())
 
 
 @contextmanager
-def _cluster(config: SweepConfig, *, verbose: bool) -> Iterator[None]:
-    """Connects to a cluster that is there, and checks that a trial fits on it.
+def _cluster(config: SweepConfig, display: SweepDisplay, *, verbose: bool) -> Iterator[None]:
+    """Connects to a cluster that is there, and waits for room for a trial.
 
     An embedded one is started once processes are worth it.
     """
     if config.cluster.kind is not ClusterKind.ray:
         yield
         return
-    from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources
+    from graftstack.cluster.admission import admit
     from graftstack.cluster.session import ray_session
-    from graftstack.cluster.train import check_cluster
+    from graftstack.cluster.train import cluster_session
 
+    if config.cluster.max_workers > 1:
+        with cluster_session(config, say=display.say, verbose=verbose):
+            yield
+        return
     with ray_session(config.cluster, verbose=verbose):
-        if config.cluster.max_workers > 1:
-            check_cluster(config)
-        else:
-            check_resources(config.cluster, cluster_resources())
-            check_nodes(config.cluster, config.cluster.cpus_per_worker or 1)
+        admit(config.cluster, num_cpus=config.cluster.cpus_per_worker or 1, say=display.say)
         yield
 
 
@@ -170,12 +166,16 @@ class _Sweep:
         """Returns what is left to do, in numbers. Raises `BadInputError` for a trial that can't be trained."""
         import torch
 
-        torch.set_num_threads(self._config.cluster.cpus_per_worker or usable_cpus())
+        torch.set_num_threads(self._config.cluster.own_threads(usable_cpus()))
         left = [trial for trial in self._trials if not self._is_over(trial)]
         plan = self._planner.plan(left or self._trials[:1])
         plan = at_its_place(self._config, plan)
         self._display.planned(plan)
         return plan
+
+    def with_memory(self, plan: "SweepPlan") -> "SweepPlan":
+        """Returns a plan with the memory that processes of the sweep need."""
+        return self._planner.with_memory(plan, self._trials[0])
 
     def _is_over(self, trial: Trial) -> bool:
         """Whether nothing is left to train of it; one that was stopped may be promoted."""
@@ -199,7 +199,13 @@ class _Sweep:
         run.folder.write(PLAN, json.dumps({**asdict(plan), "predicted_s": plan.predicted_s}, indent=2).encode())
         beat = heartbeat(run)
         with workplace(
-            self._config, plan, self._settings, workbench=self._workbench, beat=beat, verbose=self._verbose
+            self._config,
+            plan,
+            self._settings,
+            workbench=self._workbench,
+            beat=beat,
+            say=self._display.say,
+            verbose=self._verbose,
         ) as place:
             forwards = self._make_taps(place, run, plan.num_images, beat)
             with ExitStack() as taps:

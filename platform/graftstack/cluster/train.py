@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
-from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, cpus_per_worker
+from graftstack.cluster.admission import admit
+from graftstack.cluster.patience import Patience, needed_by
+from graftstack.cluster.resources import cpus_per_worker, most_workers, node_slots
 from graftstack.cluster.session import quiet_ray, ray_session
 from graftstack.cluster.worker import RayWorker
-from graftstack.config.schema import FinetuneConfig
-from graftstack.errors import GraftstackError, TrainingError
+from graftstack.config.schema import ClusterConfig, FinetuneConfig
+from graftstack.errors import GraftstackError, StorageFullError, TrainingError
 from graftstack.finetune.job import Outcome, train_rank
 from graftstack.finetune.tapping import open_tap
 from graftstack.finetune.task import Task, prepare
 from graftstack.finetune.training import Progress
 from graftstack.machine import usable_cpus
+from graftstack.reason import reason
 from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 from graftstack.taps.key import TapSpec
@@ -60,7 +63,7 @@ def device_of(config: FinetuneConfig) -> torch.device:
 
 def train_inline(task: Task, folder: Folder, on_progress: Callable[[Progress], None]) -> Outcome:
     """Trains in this process, without Ray."""
-    torch.set_num_threads(task.config.cluster.cpus_per_worker or usable_cpus())
+    torch.set_num_threads(task.config.cluster.own_threads(usable_cpus()))
     return train_rank(task, LocalWorker(device_of(task.config)), folder, on_progress=on_progress)
 
 
@@ -80,67 +83,81 @@ def train_in_process(task: Task, folder: Folder, on_progress: Callable[[Progress
 
 
 @contextmanager
-def cluster_session(config: FinetuneConfig, *, verbose: bool) -> Iterator[None]:
-    """Connects to Ray and checks that the group fits. Raises `ConfigError` before anything of the job has begun."""
+def cluster_session(config: FinetuneConfig, *, say: Callable[[str], None], verbose: bool) -> Iterator[int]:
+    """Connects to Ray and waits for room for the group, before anything of the job has begun. Raises as `admit`.
+
+    Yields:
+        The CPUs of each worker.
+    """
     with ray_session(config.cluster, verbose=verbose):
-        check_cluster(config)
-        yield
-
-
-def check_cluster(config: FinetuneConfig) -> int:
-    """Returns the CPUs of each worker on the connected cluster. Raises `ConfigError` if the group doesn't fit on it."""
-    resources = cluster_resources()
-    check_resources(config.cluster, resources)
-    num_cpus = cpus_per_worker(config.cluster, resources)
-    check_nodes(config.cluster, num_cpus)
-    return num_cpus
+        num_cpus = cpus_per_worker(config.cluster)
+        admit(config.cluster, num_cpus=num_cpus, say=say)
+        yield num_cpus
 
 
 def train_in_group(
     config: FinetuneConfig,
     folder: Folder,
     *,
+    num_cpus: int,
     poll: Callable[[], None],
     verbose: bool,
+    say: Callable[[str], None] = lambda _: None,
     tap: tuple[TapStore, TapSpec] | None = None,
 ) -> Outcome:
     """Trains with several workers, each a process of the connected cluster, and calls `poll` while they work.
 
     A worker that is lost is replaced and the group continues from its last checkpoint, `cluster.max_failures` times.
 
+    Args:
+        config: The training.
+        folder: Of its run.
+        num_cpus: CPUs, and so threads, of each worker.
+        poll: Called now and then; may raise to end the group.
+        verbose: Whether Ray's own loggers speak.
+        say: Is told what the group waits for where nodes are gone.
+        tap: What the frozen groups make of the images, where that is stored.
+
     Raises:
-        TrainingError: the training failed, or too many workers were lost.
+        TrainingError: the training failed, too many workers were lost, or the cluster had no room for the group for
+            `cluster.max_wait_s`.
     """
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     cluster = config.cluster
     records = folder / ".ray"
-    cpus = check_cluster(config)
-    is_fixed = cluster.min_workers == cluster.max_workers
+    place = records.for_arrow()
+    most = min(cluster.max_workers, most_workers(cluster, num_cpus))
     trainer = TorchTrainer(
         _train_share,
-        train_loop_config={"share": _Share(config, folder.location, cpus, verbose, tap)},
+        train_loop_config={"share": _Share(config, folder.location, num_cpus, verbose, tap)},
         scaling_config=ScalingConfig(
-            num_workers=cluster.max_workers if is_fixed else (cluster.min_workers, cluster.max_workers),
+            num_workers=most if cluster.min_workers == most else (cluster.min_workers, most),
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={
-                "CPU": cpus,
+                "CPU": num_cpus,
                 **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
             },
         ),
         run_config=RunConfig(
             # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=records.location,
+            storage_path=place.path,
+            storage_filesystem=place.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
     try:
-        result = _fit(trainer, poll)
+        result = _fit(trainer, _waiting(cluster, num_cpus, poll, say))
     except TrainingFailedError as error:
         raise _cause_of(error) from error
+    except RayActorError as error:  # the group's controller
+        raise TrainingError(
+            f"the process that leads the workers is gone ({reason(error)}); go on with resume=true"
+        ) from error
     finally:
         records.remove_all()
     outcome: Outcome | GraftstackError = result.return_value
@@ -160,8 +177,23 @@ def _train_share(settings: dict[str, Any]) -> Outcome | GraftstackError:
         task = _tapped(task, *share.tap)
     try:
         return train_rank(task, RayWorker(), Folder(share.location))
-    except TrainingError as error:
+    except (TrainingError, StorageFullError) as error:
         return error
+
+
+def _waiting(
+    cluster: ClusterConfig, num_cpus: int, poll: Callable[[], None], say: Callable[[str], None]
+) -> Callable[[], None]:
+    """Returns a `poll` that ends a group for which the nodes that are left have no room, and none come in time."""
+    patience = Patience(cluster.max_wait_s, needed_by(cluster, cluster.min_workers, num_cpus), say)
+
+    def poll_and_look() -> None:
+        poll()
+        if node_slots(cluster, num_cpus) >= cluster.min_workers:
+            patience.renew()
+        patience.check()
+
+    return poll_and_look
 
 
 def _tapped(task: Task, store: TapStore, spec: TapSpec) -> Task:
@@ -200,5 +232,5 @@ def _cause_of(error: BaseException) -> GraftstackError:
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, GraftstackError):
             return cause
-    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-    return TrainingError(f"the workers failed: {reason.strip()}; run again with -v to see their logs, then resume=true")
+    last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return TrainingError(f"the workers failed: {last.strip()}; run again with -v to see their logs, then resume=true")

@@ -11,7 +11,7 @@ from graftstack.config.schema import FinetuneConfig
 from graftstack.config.space import full_key, trial_config
 from graftstack.config.stack import StackConfig
 from graftstack.config.sweep import SweepConfig
-from graftstack.errors import ConfigError, RunError
+from graftstack.errors import ConfigError, RunError, StorageUnreachableError
 from graftstack.reason import reason
 from graftstack.runs import Run, find_run
 
@@ -83,7 +83,7 @@ def inherited_overrides(overrides: Sequence[str]) -> list[str]:
 def _sweep(reference: str, runs_dir: str) -> Run:
     try:
         run = find_run(reference, runs_dir)
-    except RunError as error:
+    except (RunError, StorageUnreachableError) as error:
         raise RunError(f"from_sweep={error}") from error
     if run.manifest.job == "pipeline":
         run = Run.open(run.folder / "sweep")
@@ -105,7 +105,7 @@ def _config_of(run: Run) -> FinetuneConfig:
 def _of_run(name: str, reference: str, runs_dir: str) -> "TrainedBase":
     try:
         run = find_run(reference, runs_dir)
-    except RunError as error:
+    except (RunError, StorageUnreachableError) as error:
         raise RunError(f"{RUN_PREFIX}{error}") from error
     if run.manifest.job not in ("finetune", "pretrain"):
         raise RunError(

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from graftstack.cluster.resources import cluster_resources, node_slots
+from graftstack.cluster.autoscaler import num_ahead
+from graftstack.cluster.resources import cluster_resources, cpus_per_worker, gpu_slots, most_workers, node_slots
 from graftstack.config.schema import ClusterKind
 from graftstack.config.sweep import SweepConfig
 from graftstack.machine import usable_cpus
@@ -36,6 +37,7 @@ class Workplace(NamedTuple):
 
     pool: Pool
     num_slots: int
+    """How many trials it has room for now; nodes may go and come."""
     make: Make
     """Makes shards, and tells how many of all are made."""
 
@@ -44,6 +46,7 @@ class Slots(NamedTuple):
     """Processes for trials."""
 
     num: int
+    """On the nodes that were there at the start."""
     num_cpus: int
     """Of each, and so its threads."""
 
@@ -56,6 +59,7 @@ def workplace(
     *,
     workbench: "Workbench",
     beat: Callable[[], None],
+    say: Callable[[str], None],
     verbose: bool,
 ) -> Iterator[Workplace]:
     """Opens the place where a planned sweep runs; nothing of it is left behind. Trials in this process call `beat`."""
@@ -63,7 +67,7 @@ def workplace(
         if config.cluster.max_workers > 1:
             yield _groups(config, settings, workbench, stack, verbose=verbose)
         elif _uses_processes(config, plan):
-            yield _processes(config, plan, settings, workbench, stack, verbose=verbose)
+            yield _processes(config, plan, settings, workbench, stack, say=say, verbose=verbose)
         else:
             yield _here(settings, workbench, beat)
 
@@ -121,6 +125,7 @@ def _processes(
     workbench: "Workbench",
     stack: ExitStack,
     *,
+    say: Callable[[str], None],
     verbose: bool,
 ) -> Workplace:
     from graftstack.cluster.pool import RayPool
@@ -131,18 +136,24 @@ def _processes(
     slots = _cluster_slots(config, plan)
     pool = RayPool(
         partial(TrialRunner, settings),
-        num_slots=slots.num,
+        num_slots=lambda: _num_now(slots, config, plan),
         num_cpus=slots.num_cpus,
         num_gpus=config.cluster.gpus_per_worker,
         num_threads=slots.num_cpus,
+        patience_s=config.cluster.max_wait_s,
+        say=say,
         verbose=verbose,
     )
     stack.callback(pool.close)
 
+    make_here = _make_here(settings, workbench)
+
     def make(calls: "Sequence[ShardCall]", on_shard: OnShard) -> "list[PassResult]":
+        if not _share_taps(config):
+            return make_here(calls, on_shard)
         return pool.call("make_taps", calls, poll=lambda done: on_shard(done, len(calls)))
 
-    return Workplace(pool, slots.num, make if _share_taps(config) else _make_here(settings, workbench))
+    return Workplace(pool, slots.num, make)
 
 
 def _share_taps(config: SweepConfig) -> bool:
@@ -159,26 +170,30 @@ def _groups(
 ) -> Workplace:
     from graftstack.cluster.group_pool import GroupPool
     from graftstack.cluster.session import ray_session
-    from graftstack.cluster.train import check_cluster
 
     stack.enter_context(ray_session(config.cluster, verbose=verbose))
-    num_cpus = check_cluster(config)
-    fitting = node_slots(num_cpus, config.cluster.gpus_per_worker) // config.cluster.max_workers
-    num = max(1, min(fitting, config.max_concurrent_trials or fitting))
-    pool = GroupPool(settings, num_slots=num, verbose=verbose)
+    # Of all groups alike, also where nodes come and go.
+    num_cpus = cpus_per_worker(config.cluster)
+
+    def num_slots() -> int:
+        fitting = node_slots(config.cluster, num_cpus) // config.cluster.max_workers
+        return max(1, min(fitting, config.max_concurrent_trials or fitting))
+
+    pool = GroupPool(settings, num_slots=num_slots, num_cpus=num_cpus, verbose=verbose)
     stack.callback(pool.close)
-    return Workplace(pool, num, _make_here(settings, workbench))
+    return Workplace(pool, num_slots(), _make_here(settings, workbench))
 
 
 def _local_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
     from torch.cuda import device_count
 
     cluster = config.cluster
-    num = usable_cpus() // (cluster.cpus_per_worker or 1)
+    num_cpus = cluster.cpus_of(usable_cpus())
+    num = num_cpus // (cluster.cpus_per_worker or 1)
     if cluster.gpus_per_worker:
-        num = min(num, int(device_count() // cluster.gpus_per_worker))
+        num = min(num, gpu_slots(device_count(), cluster.gpus_per_worker))
     num = _limited(num, config, plan)
-    return Slots(num, cluster.cpus_per_worker or max(1, usable_cpus() // num))
+    return Slots(num, cluster.cpus_per_worker or max(1, num_cpus // num))
 
 
 def _cluster_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
@@ -186,11 +201,19 @@ def _cluster_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
     cluster = config.cluster
     if cluster.kind is ClusterKind.local:
         return _local_slots(config, plan)
-    num = _limited(node_slots(cluster.cpus_per_worker or 1, cluster.gpus_per_worker), config, plan)
-    cpus = cluster.cpus_per_worker or max(1, cluster_resources().num_cpus // max(1, num))
-    while cpus > 1 and node_slots(cpus, cluster.gpus_per_worker) < num:  # nodes differ in size
+    num = _limited(node_slots(cluster, cluster.cpus_per_worker or 1), config, plan)
+    cpus = cluster.cpus_per_worker or max(1, cluster_resources(cluster).num_cpus // max(1, num))
+    while cpus > 1 and node_slots(cluster, cpus) < num:  # nodes differ in size
         cpus -= 1
     return Slots(num, cpus)
+
+
+def _num_now(slots: Slots, config: SweepConfig, plan: "SweepPlan") -> int:
+    """Returns how many of these processes there are to be on the nodes that the cluster has now."""
+    if config.cluster.kind is ClusterKind.local:
+        return slots.num
+    num = node_slots(config.cluster, slots.num_cpus) + num_ahead()
+    return _limited(min(num, most_workers(config.cluster, slots.num_cpus)), config, plan)
 
 
 def _limited(num: int, config: SweepConfig, plan: "SweepPlan") -> int:

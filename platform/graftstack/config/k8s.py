@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -44,14 +44,6 @@ _WANTED: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
-class K8sWords(NamedTuple):
-    """The words of a command line, told apart."""
-
-    config: "K8sConfig"
-    overrides: list[str]
-    """The others: those of the job, as they were written."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class K8sConfig:
     """Pods and the life of their cluster. How many workers train, and on what, `cluster.*` of the job says."""
@@ -68,6 +60,8 @@ class K8sConfig:
     """Where the job runs."""
     queue: str | None = None
     """Kueue's LocalQueue in which the job waits for its quota; null: it doesn't go through Kueue."""
+    queue_priority: str | None = None
+    """Kueue's WorkloadPriorityClass: which job of the queue comes first, and whose pods make room for it."""
     priority_class: str | None = None
     """The PriorityClass of the pods."""
     service_account: str | None = "graftstack"
@@ -82,12 +76,12 @@ class K8sConfig:
     """Workers that share a pod, such as those on the GPUs of one machine, which are then connected by NVLink."""
     worker_cpus: int = 4
     """CPUs of each worker unless cluster.cpus_per_worker says so."""
-    worker_memory: str = "16Gi"
-    """Memory of each worker, a third of which holds Ray's objects; requested and limited alike."""
+    worker_memory: str | None = None
+    """Memory of each worker, a third of which holds Ray's objects; requested as it is limited; null: as plan has it."""
     head_cpus: str = "2"
     """CPUs of the head, which runs the driver, and no workers."""
-    head_memory: str = "8Gi"
-    """Memory of the head; requested and limited alike."""
+    head_memory: str | None = None
+    """Memory of the head; requested and limited alike; null: as the job's driver needs it."""
     scratch: str = "32Gi"
     """The most that a pod may write to /tmp, where decoded images and Ray's sessions lie."""
     gpu_resource: str = "nvidia.com/gpu"
@@ -183,6 +177,7 @@ class K8sConfig:
         _check("namespace", self.namespace, is_dns_1123_label, "use lower-case letters, digits and dashes, at most 63")
         objects = {
             "queue": self.queue,
+            "queue_priority": self.queue_priority,
             "priority_class": self.priority_class,
             "service_account": self.service_account,
             "storage_claim": self.storage_claim,
@@ -195,6 +190,11 @@ class K8sConfig:
                 key, name, is_dns_1123_subdomain, "use the name of the object: lower-case letters, digits, dashes, dots"
             )
 
+        if self.queue_priority is not None and self.queue is None:
+            raise ConfigError(
+                f"k8s.queue_priority={self.queue_priority}: orders the jobs of a queue; add k8s.queue=NAME"
+            )
+
     def _check_storage(self) -> None:
         path = PurePosixPath(self.storage_mount)
         if not path.is_absolute() or path == PurePosixPath("/") or ".." in path.parts:
@@ -203,11 +203,12 @@ class K8sConfig:
             raise ConfigError(f"k8s.storage_mount={self.storage_mount}: has a use of its own in a pod; use /storage")
 
     def _check_sizes(self) -> None:
-        for key in ("worker_memory", "head_memory", "scratch", "head_cpus"):
-            _check(key, getattr(self, key), _is_amount, "give an amount such as 16Gi")
-        for key in ("worker_memory", "head_memory"):
-            if quantity(getattr(self, key)) < 1024**3:
-                raise ConfigError(f"k8s.{key}={getattr(self, key)}: Ray and torch need 1Gi at the least; write 16Gi")
+        memory = {key: getattr(self, key) for key in ("worker_memory", "head_memory") if getattr(self, key) is not None}
+        for key, amount in {**memory, "scratch": self.scratch, "head_cpus": self.head_cpus}.items():
+            _check(key, amount, _is_amount, "give an amount such as 16Gi")
+        for key, amount in memory.items():
+            if quantity(amount) < 1024**3:
+                raise ConfigError(f"k8s.{key}={amount}: Ray and torch need 1Gi at the least; write 16Gi, or null")
         for key, least in {"workers_per_pod": 1, "worker_cpus": 1, "backoff_limit": 0, "ttl_s": 0, "user": 1}.items():
             at_least(f"{PREFIX}{key}", getattr(self, key), least)
         for key in ("active_deadline_s", "pending_deadline_s", "idle_timeout_s"):
@@ -227,20 +228,16 @@ class K8sConfig:
         _check("gpu_resource", self.gpu_resource, is_label_key, "give the name of a resource, such as nvidia.com/gpu")
 
 
-def k8s_config(overrides: Sequence[str]) -> K8sWords:
-    """Tells the ``k8s.KEY=value`` words from those of the job; of a key that is given twice the last one counts.
+def k8s_config(words: Sequence[str]) -> K8sConfig:
+    """Returns what ``k8s.KEY=value`` words say; of a key that is given twice the last one counts.
 
     Raises:
         ConfigError: an unknown key, or a value that can't be; one line.
     """
     kinds = {item.name: item.type for item in fields(K8sConfig)}
     given: dict[str, Any] = {}
-    others = []
-    for word in overrides:
+    for word in words:
         key, equals, text = word.removeprefix(PREFIX).partition("=")
-        if not word.startswith(PREFIX):
-            others.append(word)
-            continue
         if not equals:
             raise ConfigError(f"{word}: not an override; write k8s.KEY=value")
         section, _, name = key.partition(".")
@@ -250,7 +247,7 @@ def k8s_config(overrides: Sequence[str]) -> K8sWords:
             given[key] = _value(word, kinds[key], text)
         else:
             raise ConfigError(f"{word}: unknown key; {did_you_mean(key, kinds)}")
-    return K8sWords(K8sConfig(**given), others)
+    return K8sConfig(**given)
 
 
 def _value(word: str, kind: Any, text: str) -> Any:

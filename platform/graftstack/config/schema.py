@@ -37,6 +37,7 @@ class ClusterKind(Enum):
     inline = "inline"
     local = "local"
     ray = "ray"
+    k8s = "k8s"
 
 
 class OptimizerName(Enum):
@@ -269,15 +270,24 @@ class ClusterConfig:
     """Where the job runs and with how many workers."""
 
     kind: ClusterKind = ClusterKind.local
-    """Set by `cluster=NAME`: local (an embedded Ray), inline (no Ray, this process), ray (an existing cluster)."""
+    """Set by `cluster=NAME`: local (an embedded Ray), inline (no Ray, this process), ray (a cluster that is there), or
+    k8s (pods of its own, as the k8s.KEY=value words say; see graftstack submit --help)."""
     address: str = "auto"
     """cluster=ray: the cluster's address."""
+    namespace: str | None = None
+    """cluster=ray: the namespace of the job's actors, by which Ray's tools tell users apart; null: one of its own."""
     num_workers: Any = 1
     """Training processes: a number, or [min,max] for a group that shrinks and grows with the cluster."""
     gpus_per_worker: float = 0.0
     """GPUs of each worker; 0 trains on the CPU."""
     cpus_per_worker: int | None = None
     """CPUs, and so threads, of each worker; default: the machine's, shared out evenly."""
+    max_cpus: int | None = None
+    """The most CPUs that the job takes at once, so that others have some too; null: all that are free."""
+    max_gpus: float | None = None
+    """The most GPUs that the job takes at once; null: all that are free."""
+    max_wait_s: float = 900.0
+    """cluster=ray: seconds to wait for room that others hold, or that an autoscaler is to bring."""
     max_failures: int = 3
     """How often a lost worker is replaced before the job fails."""
 
@@ -293,6 +303,10 @@ class ClusterConfig:
                 f"cluster.gpus_per_worker={self.gpus_per_worker}: a worker trains on one GPU of its own; use 0 or 1, "
                 "and cluster.num_workers for more"
             )
+        at_least("cluster.max_cpus", self.max_cpus, 1)
+        at_least("cluster.max_gpus", self.max_gpus, 0)
+        self._check_limits()
+        at_least("cluster.max_wait_s", self.max_wait_s, 0)
         at_least("cluster.max_failures", self.max_failures, 0)
         if self.kind is ClusterKind.inline and high > 1:
             raise ConfigError(f"cluster.num_workers={high}: cluster=inline is one process; use cluster=local")
@@ -306,6 +320,28 @@ class ClusterConfig:
     def max_workers(self) -> int:
         """The greatest number of workers to train with."""
         return self._worker_range()[1]
+
+    def cpus_of(self, num_cpus: int) -> int:
+        """Returns how many of so many CPUs the job may take."""
+        return num_cpus if self.max_cpus is None else min(num_cpus, self.max_cpus)
+
+    def own_threads(self, num_cpus: int) -> int:
+        """Returns the threads of a worker that has so many CPUs for itself."""
+        return self.cpus_per_worker or self.cpus_of(num_cpus)
+
+    def _check_limits(self) -> None:
+        num_cpus = self.min_workers * (self.cpus_per_worker or 1)
+        if self.max_cpus is not None and num_cpus > self.max_cpus:
+            raise ConfigError(
+                f"cluster.max_cpus={self.max_cpus}: {self.min_workers} worker(s) take {num_cpus} CPUs; raise it, or "
+                "use fewer or smaller workers"
+            )
+        num_gpus = self.min_workers * self.gpus_per_worker
+        if self.max_gpus is not None and num_gpus > self.max_gpus:
+            raise ConfigError(
+                f"cluster.max_gpus={self.max_gpus:g}: {self.min_workers} worker(s) take {num_gpus:g} GPUs; raise it, "
+                "or use fewer workers"
+            )
 
     def _worker_range(self) -> tuple[int, int]:
         match self.num_workers:

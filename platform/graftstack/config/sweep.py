@@ -54,7 +54,8 @@ class TapsConfig:
     """Where the outputs of frozen layer groups are stored, and how."""
 
     location: str | None = None
-    """A folder or an fsspec URI that all workers reach; default: taps in $GRAFTSTACK_CACHE or ~/.cache/graftstack."""
+    """A folder or an fsspec URI that all workers reach; default: taps in $GRAFTSTACK_CACHE or ~/.cache/graftstack, and
+    on a cluster .taps below runs_dir."""
     budget_bytes: int = 16 * 1024**3
     """Room for all taps, in bytes; the longest unused make way. A depth whose tap doesn't fit is computed anew."""
     dtype: TapDtype = TapDtype.fp32

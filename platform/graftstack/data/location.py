@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
-from graftstack.errors import DataError
+from graftstack.errors import DataError, StorageUnreachableError
+from graftstack.file_systems import Opened, opened
 from graftstack.reason import reason
 from graftstack.storage import is_uri
 
@@ -40,6 +39,7 @@ class Location:
     def find(self, suffixes: frozenset[str]) -> dict[str, Mapping[str, Any]]:
         """Returns relative path -> info of the files below `folder` with one of `suffixes`, sorted; none is hidden."""
         try:
+            self.fs.invalidate_cache()  # what was listed for an earlier job isn't what is there
             found = self.fs.find(self.folder, detail=True)
         except Exception as error:
             raise DataError(
@@ -58,10 +58,7 @@ class Location:
 
     def read(self, path: str) -> bytes:
         """Returns the content of a file: a path relative to `folder`, an absolute path or a URI."""
-        if is_uri(path):
-            with fsspec.open(path, "rb") as file:
-                return bytes(file.read())
-        return bytes(self.fs.cat_file(self.full(path)))
+        return self._opened(path).read()
 
     def versions(self, paths: list[str]) -> list[str]:
         """Returns what `version` says of each path; a missing file is `missing`, for whoever decodes it to report."""
@@ -70,15 +67,16 @@ class Location:
             if not path:
                 return "missing"
             try:
-                if is_uri(path):
-                    fs, name = fsspec.core.url_to_fs(path)
-                    return version(fs.info(name))
-                return version(self.fs.info(self.full(path)))
+                fs, name = self._opened(path)
+                return version(fs.info(name))
             except OSError:
                 return "missing"
 
         with ThreadPoolExecutor(16) as pool:  # remote file systems answer slowly, but many questions at once
             return list(pool.map(look, paths))
+
+    def _opened(self, path: str) -> Opened:
+        return opened(path) if is_uri(path) else Opened(self.fs, self.full(path))
 
 
 def locate(path: str) -> Location:
@@ -88,11 +86,11 @@ def locate(path: str) -> Location:
         DataError: nothing lies there, or the file system can't be reached.
     """
     try:
-        fs, name = fsspec.core.url_to_fs(path)
+        fs, name = opened(path)
         is_file = fs.isfile(name)
         exists = is_file or fs.exists(name)
-    except ImportError as error:
-        raise DataError(f"data.path={path}: {reason(error)}; install the package of that file system") from error
+    except StorageUnreachableError as error:
+        raise DataError(f"data.path={error}") from error
     except Exception as error:  # each file system has exceptions of its own
         raise DataError(
             f"data.path={path}: can't be reached: {reason(error)}; check the protocol and the access"

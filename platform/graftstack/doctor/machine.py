@@ -1,14 +1,14 @@
 """The machine: GPUs, disks, shared memory, threads and limits."""
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from graftstack.doctor.finding import Finding, gib
+from graftstack.cluster.node_probe import leading_number
+from graftstack.doctor.finding import Finding, Status, gib
 from graftstack.doctor.torch_facts import TorchFacts
 from graftstack.machine import cpu_limit
 
@@ -77,11 +77,15 @@ def check_disk(name: str, folder: Path, *, usage: Callable[[Path], Usage] = shut
         return Finding(name, "broken", f"{folder} can't be written: {error.strerror or error}", elsewhere)
     free = usage(there).free
     detail = f"{folder}: {gib(free)} free"
-    if free < _NO_DISK_BYTES:
-        return Finding(name, "broken", detail, f"free some space, or {elsewhere}")
-    if free < _LOW_DISK_BYTES:
-        return Finding(name, "warn", detail, f"free some space, or {elsewhere}")
-    return Finding(name, "ok", detail)
+    status = room(free)
+    return Finding(name, status, detail, "" if status == "ok" else f"free some space, or {elsewhere}")
+
+
+def room(free_bytes: int) -> Status:
+    """Returns what so much free space is on a disk that jobs write to."""
+    if free_bytes < _NO_DISK_BYTES:
+        return "broken"
+    return "warn" if free_bytes < _LOW_DISK_BYTES else "ok"
 
 
 def check_shared_memory(
@@ -110,7 +114,7 @@ def memory_bytes(limit: Path) -> int:
 
 def check_threads(environ: Mapping[str, str], num_cpus: int, torch_threads: int) -> Finding:
     """No library computes with more threads than there are CPUs: they would wait for each other."""
-    asked = {key: _leading_number(environ.get(key, "")) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    asked = {key: leading_number(environ.get(key, "")) or 0 for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     asked["torch"] = torch_threads
     excess = [f"{key}={num}" for key, num in asked.items() if num > num_cpus]
     if not excess:
@@ -149,9 +153,3 @@ def check_open_files(soft_limit: int) -> Finding:
             name, "warn", f"at most {soft_limit}, and Ray needs {_MIN_OPEN_FILES} or more", "ulimit -n 65536"
         )
     return Finding(name, "ok", f"at most {soft_limit}")
-
-
-def _leading_number(text: str) -> int:
-    """``4,2`` is a number for each level of nesting: the first counts. 0 where there is none."""
-    found = re.match(r"\s*(\d+)", text)
-    return int(found.group(1)) if found else 0

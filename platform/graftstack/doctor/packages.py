@@ -13,15 +13,15 @@ from graftstack.doctor.finding import Finding
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-_MIN_PYTHON = (3, 11)
+MIN_PYTHON = (3, 11)
 
 
 def check_python(version: tuple[int, int, int]) -> Finding:
     """The interpreter is new enough."""
     text = ".".join(map(str, version))
-    if version[:2] >= _MIN_PYTHON:
+    if version[:2] >= MIN_PYTHON:
         return Finding("Python", "ok", text)
-    wanted = ".".join(map(str, _MIN_PYTHON))
+    wanted = ".".join(map(str, MIN_PYTHON))
     return Finding(
         "Python", "broken", f"{text} is older than {wanted}", f"uv venv --python {wanted} .venv, then install again"
     )
@@ -57,7 +57,7 @@ def check_torch_builds(path: Sequence[str], load_error: str | None) -> Finding:
         missing = [package for package, found in (("torch", torch), ("torchvision", torchvision)) if found is None]
         return Finding(name, "broken", f"{' and '.join(missing)} missing", "uv pip install torch torchvision")
     fix = "install both from the same index: uv pip install --reinstall torch torchvision"
-    described = f"torch {_built_version(torch)}, torchvision {_built_version(torchvision)}"
+    described = f"torch {built_version(torch)}, torchvision {built_version(torchvision)}"
     if load_error:
         return Finding(name, "broken", f"{described} can't be loaded: {load_error}", fix)
     for requirement in _requirements(torchvision, extra=""):
@@ -122,7 +122,7 @@ def _version(name: str, path: Sequence[str]) -> str:
     return found.version if found else "missing"
 
 
-def _built_version(package: Distribution) -> str:
+def built_version(package: Distribution) -> str:
     """Returns the version with the build that it was made as, such as ``2.15.0+cu132``."""
     file = Path(str(package.locate_file(f"{package.name}/version.py")))
     found = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", file.read_text(), re.MULTILINE) if file.is_file() else None
@@ -130,4 +130,4 @@ def _built_version(package: Distribution) -> str:
 
 
 def _build(package: Distribution) -> str:
-    return _built_version(package).partition("+")[2]
+    return built_version(package).partition("+")[2]

@@ -1,7 +1,5 @@
 """Backbones as a training finds them: built, with their weights, and what images those know."""
 
-from hashlib import blake2b
-
 import torch
 from torch import Tensor
 
@@ -10,11 +8,12 @@ from graftstack.backbones.catalog import default_image_size, require_known
 from graftstack.backbones.preprocessing import Preprocessing, preprocessing_of
 from graftstack.backbones.published import is_published
 from graftstack.backbones.registry import build
+from graftstack.backbones.weight_files import digest_of
 from graftstack.backbones.weights import load_weights
 from graftstack.config.base_models import RUN_PREFIX
 from graftstack.config.schema import FinetuneConfig
 from graftstack.data.table import read_table
-from graftstack.errors import ConfigError, RunError, WeightsError
+from graftstack.errors import ConfigError, RunError, StorageUnreachableError, WeightsError
 from graftstack.finetune.artifact import WEIGHTS, read_card
 from graftstack.reason import reason
 from graftstack.runs import find_run
@@ -82,7 +81,7 @@ def _model_of_run(config: FinetuneConfig) -> Folder | None:
     try:
         run = find_run(config.backbone.weights.removeprefix(RUN_PREFIX), config.runs_dir)
         return Folder(run.artifact("model"))
-    except RunError as error:
+    except (RunError, StorageUnreachableError) as error:
         raise RunError(f"backbone.weights={RUN_PREFIX}{error}") from error
 
 
@@ -121,11 +120,7 @@ def weights_digest(config: FinetuneConfig) -> str:
     if weights == "none" or is_published(weights):
         return ""
     folder = _model_of_run(config)
-    parent, slash, name = (weights if folder is None else folder.path(WEIGHTS)).rpartition("/")
-    try:
-        return blake2b(Folder(parent or slash or ".").read(name), digest_size=16).hexdigest()
-    except OSError:  # who loads them says so
-        return ""
+    return digest_of(weights if folder is None else folder.path(WEIGHTS))
 
 
 def _check_image_size(backbone: Backbone, size: int) -> None:

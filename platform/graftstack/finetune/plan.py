@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 from graftstack.finetune.inference import predict_logits
+from graftstack.finetune.memory import DataFacts, training_memory
 from graftstack.finetune.phases import Phase
 from graftstack.finetune.task import Task
 from graftstack.finetune.training import Training
@@ -57,6 +58,10 @@ class Plan:
     """Decoded images on disk."""
     checkpoint_bytes: int
     """One checkpoint, at its largest."""
+    worker_memory_bytes: int
+    """Memory of the machine that each worker needs, at the most."""
+    device_memory_bytes: int | None
+    """Memory of its GPU; None: it has none."""
     validation_s: float
     """Seconds of one validation, measured in this process on a sample."""
     predicted_s: float
@@ -71,6 +76,8 @@ def make_plan(task: Task) -> Plan:
         phases = tuple(_phase_plan(training, phase) for phase in task.phases)
     validation_s = _time_validation(trial)
     splits, size = task.data.splits, task.preprocessing.image_size
+    facts = DataFacts(len(task.data.class_names), len(splits.val))
+    memory = training_memory(task.config, facts, size_of=lambda _: size)
     training_s = sum(phase.step_s * (phase.last_step - phase.first_step + 1) for phase in phases)
     return Plan(
         backbone=task.config.backbone.name,
@@ -86,6 +93,8 @@ def make_plan(task: Task) -> Plan:
         phases=phases,
         cache_bytes=len(task.data) * size * size * 3,
         checkpoint_bytes=_checkpoint_bytes(task),
+        worker_memory_bytes=memory.worker_bytes,
+        device_memory_bytes=memory.device_bytes,
         validation_s=validation_s,
         predicted_s=training_s + validation_s * max(1, task.config.epochs),
     )

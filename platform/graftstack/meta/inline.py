@@ -11,7 +11,7 @@ from graftstack.meta.task import MetaTask
 
 def inline_crew(task: MetaTask) -> InlineCrew:
     """Returns a crew of this process alone, whose threads and memory are set for it, and stay so."""
-    torch.set_num_threads(task.config.num_threads(usable_cpus()))
+    torch.set_num_threads(task.config.num_threads(task.config.cluster.cpus_of(usable_cpus())))
     keep_freed_memory()
     settings = RunnerSettings(
         config=task.config,

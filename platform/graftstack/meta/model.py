@@ -37,15 +37,24 @@ class MetaModel:
         image_size: Height and width of the images, in pixels.
         num_classes: Of training: finetune_baseline has a classifier over them.
         device: Where tensors lie.
+        backbone: On `device`; it is taken over. None: a new one.
     """
 
-    def __init__(self, config: MetaConfig, *, image_size: int, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: MetaConfig,
+        *,
+        image_size: int,
+        num_classes: int,
+        device: torch.device,
+        backbone: Backbone | None = None,
+    ) -> None:
         self.config = config
         self.device = device
         self.image_size = image_size
         with torch.random.fork_rng(devices=[]):  # of a head, or a classifier over the training classes
             torch.manual_seed(derive_seed(config.seed, "meta"))
-            backbone = build(config.backbone.name, image_size=image_size).to(device)
+            backbone = backbone or build(config.backbone.name, image_size=image_size).to(device)
             self.network = Network(backbone, head_size=head_size(config))
             self.method = make_method(config, self.network, num_classes=num_classes)
         self._parameters = Layout(self.method.meta_parameters())

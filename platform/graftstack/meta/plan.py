@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from graftstack.finetune.memory import DataFacts
 from graftstack.meta.classes import Classes
 from graftstack.meta.crew import Crew
 from graftstack.meta.episodes import EpisodeShape, training_shape
 from graftstack.meta.evaluation import Evaluation, Rows
 from graftstack.meta.job import table_shapes
+from graftstack.meta.memory import meta_memory
 from graftstack.meta.model import Floats, MetaModel, MetaState
 from graftstack.meta.steps import blocks_of, gradient_of_step
 from graftstack.meta.task import MetaTask
@@ -49,6 +51,10 @@ class MetaPlan:
     """Ways and shots of the table."""
     num_eval_episodes: int
     """For each of them."""
+    worker_memory_bytes: int
+    """Memory of the machine that each worker needs, at the most."""
+    device_memory_bytes: int | None
+    """Memory of its GPU; None: it has none."""
     episode_s: float
     """Of one training episode, measured in this process."""
     predicted_s: float
@@ -66,6 +72,8 @@ def plan_of(task: MetaTask, model: MetaModel, crew: Crew) -> MetaPlan:
     if num_validations := _num_validations(task):
         shape = EpisodeShape(config.num_ways, config.num_shots, config.num_queries)
         eval_s += num_validations * stopwatch.evaluation_s("val", [shape], config.eval.num_val_episodes)
+    facts = DataFacts(len(task.classes.train), int(task.classes.test.counts.sum()))
+    memory = meta_memory(config, facts, image_size=task.preprocessing.image_size)
     return MetaPlan(
         method=config.method.value,
         backbone=config.backbone.name,
@@ -85,6 +93,8 @@ def plan_of(task: MetaTask, model: MetaModel, crew: Crew) -> MetaPlan:
         num_workers=config.cluster.max_workers,
         evaluation=tuple(shape[:2] for shape in shapes),
         num_eval_episodes=config.eval.num_episodes,
+        worker_memory_bytes=memory.worker_bytes,
+        device_memory_bytes=memory.device_bytes,
         episode_s=step_s / config.episodes_per_step,
         predicted_s=config.num_steps * step_s / config.cluster.max_workers + eval_s,
     )

@@ -1,12 +1,15 @@
 """The help of a job: its keys, what they mean and what they are unless given."""
 
+import textwrap
 from itertools import groupby
 
 from graftstack.config.docs import KeyDoc, key_docs
 from graftstack.config.jobs import JOBS
+from graftstack.config.k8s import PREFIX, K8sConfig
 from graftstack.config.paths import conf_dir
 
 _WIDTH = 34
+_LINE = 120
 
 _EXAMPLES = {
     "finetune": (
@@ -72,6 +75,12 @@ _SPACE = (
     "  'space.epochs=randint(5,20)'           whole numbers, both ends included",
 )
 
+_OPTIONS = {
+    "-v": "say where an error was met, and let Ray's own loggers speak",
+    "--spec PATH": "run the job in a file, as submit sends it; if it was begun, it goes on",
+}
+_MORE_OPTIONS = {"stack": {"--check-leakage": "stack on shuffled labels, of which nothing can be learnt"}}
+
 _NOTES = {"sweep": _SPACE, "stack": _BASE_MODELS, "pipeline": (*_SPACE, *_BASE_MODELS)}
 
 
@@ -79,10 +88,13 @@ def job_help(job: str) -> str:
     """Returns the text of ``graftstack JOB --help``."""
     config_type = JOBS[job]
     lines = [
-        f"usage: graftstack {job} [key=value ...] [-v]",
+        f"usage: graftstack {job} [key=value ...] [-v] | --spec PATH",
         "",
         (config_type.__doc__ or "").strip(),
         *_notes(job),
+        "",
+        "Options:",
+        *(f"  {option:<20} {text}" for option, text in (_OPTIONS | _MORE_OPTIONS.get(job, {})).items()),
         "",
         "Choices (group=NAME picks a file of conf/group/):",
         *(f"  {group}=" + "|".join(names) for group, names in _groups()),
@@ -96,6 +108,12 @@ def job_help(job: str) -> str:
     return "\n".join(lines)
 
 
+def pods_help() -> str:
+    """Returns what ``graftstack submit --help`` says of the pods of a job."""
+    docs = (doc._replace(key=f"{PREFIX}{doc.key}") for doc in key_docs(K8sConfig))
+    return "\n".join(["--to k8s: keys of the pods, and their defaults:", *map(_key_line, docs)])
+
+
 def _notes(job: str) -> list[str]:
     return ["", *_NOTES[job]] if job in _NOTES else []
 
@@ -107,7 +125,8 @@ def _section(doc: KeyDoc) -> str:
 def _key_line(doc: KeyDoc) -> str:
     typed = f"{doc.key}={doc.default}"
     gap = " " * max(1, _WIDTH - len(typed))
-    return f"    {typed}{gap} {' '.join(doc.text.split())}"
+    text = f"    {typed}{gap} {' '.join(doc.text.split())}"
+    return textwrap.fill(text, _LINE, subsequent_indent=" " * (_WIDTH + 5), break_on_hyphens=False)
 
 
 def _groups() -> list[tuple[str, list[str]]]:

@@ -10,23 +10,25 @@ from rich.console import Console
 from rich.table import Table
 
 from graftstack.cluster.finetune import launch
-from graftstack.cluster.launching import await_owner, check, saved_overrides
+from graftstack.cluster.launching import await_owner, check
 from graftstack.cluster.meta import launch_meta, plan_meta
 from graftstack.cluster.pipeline import PipelineDisplays, check_stack_part, launch_pipeline
 from graftstack.cluster.stack import check_leakage, launch_stack, plan_stack
 from graftstack.cluster.sweep import launch_sweep, plan_sweep
-from graftstack.cluster.trained import inherited_overrides
-from graftstack.config.compose import compose_job
-from graftstack.config.schema import JobConfig
+from graftstack.config.k8s import k8s_config
+from graftstack.config.schema import ClusterKind
 from graftstack.config.spec import Spec, from_bytes
 from graftstack.errors import BadInputError
 from graftstack.report import meta_tables, stack_tables, sweep_tables, tables
+from graftstack.report.composing import Composed, composed
 from graftstack.report.console import plain_console
 from graftstack.report.meta_progress import meta_display
 from graftstack.report.progress import job_display
 from graftstack.report.stack_progress import stack_display
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run
+
+EXIT_DONE = 0
 
 
 class _Asked(NamedTuple):
@@ -39,17 +41,24 @@ class _Asked(NamedTuple):
     verbose: bool
 
 
-def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> Run:
-    """Runs a job to its end, showing its progress, and prints where its results lie."""
-    return _run(_asked(job, overrides, plain_console(stderr=True), verbose=verbose))
+def run_job(job: str, overrides: Sequence[str], *, verbose: bool = False) -> int:
+    """Runs a job to its end, showing its progress, and prints where its results lie; returns its exit status."""
+    found = composed(job, overrides)
+    if found.is_for_kubernetes:
+        from graftstack.report.kubernetes import run_on_kubernetes
+
+        return run_on_kubernetes(job, found)
+    _run(_asked_of(job, found, plain_console(stderr=True), verbose=verbose))
+    return EXIT_DONE
 
 
-def run_spec(job: str, path: str, *, verbose: bool = False) -> Run:
+def run_spec(job: str, path: str, *, verbose: bool = False) -> int:
     """Runs the job in a file as `run_job` does; one that was begun goes on, one that is done is found to be."""
     spec = _read_spec(job, path)
     console = plain_console(stderr=True)
     await_owner(spec.config, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
-    return _run(_Asked(job, spec.config, spec.overrides, console, verbose))
+    _run(_Asked(job, spec.config, spec.overrides, console, verbose))
+    return EXIT_DONE
 
 
 def _read_spec(job: str, path: str) -> Spec:
@@ -64,14 +73,13 @@ def _read_spec(job: str, path: str) -> Spec:
     return spec
 
 
-def _run(asked: _Asked) -> Run:
+def _run(asked: _Asked) -> None:
     console = asked.console
     run = _RUN[asked.job](asked)
     name, value = next(iter(_main_metric(run.manifest.metrics).items()))
     said = f"{run.manifest.name}: {run.manifest.status}, {name} {tables.number(value)}"
     console.print(said, highlight=False, soft_wrap=True)
     plain_console().print(run.folder.location, highlight=False, soft_wrap=True)
-    return run
 
 
 def plan_job(job: str, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -89,6 +97,8 @@ def check_job_for_leakage(job: str, overrides: Sequence[str], *, verbose: bool =
     if job != "stack":
         raise BadInputError(f"--check-leakage: looks into a stack; use graftstack stack --check-leakage, not {job}")
     asked = _asked(job, overrides, plain_console(stderr=True), verbose=verbose)
+    if asked.config.cluster.kind is ClusterKind.k8s:
+        raise BadInputError("cluster=k8s: --check-leakage runs on this machine; leave it out, or use cluster=ray")
     with stack_display(asked.console) as display:
         report = check_leakage(asked.config, overrides=asked.overrides, display=display, verbose=verbose)
     console = plain_console()
@@ -98,24 +108,15 @@ def check_job_for_leakage(job: str, overrides: Sequence[str], *, verbose: bool =
     return not report.leaking
 
 
-class Composed(NamedTuple):
-    """What a person asked for, with what it stands for in full."""
-
-    config: JobConfig
-    overrides: list[str]
-    """The person's own, behind those of the run that is continued or built upon."""
-
-
-def composed(job: str, overrides: Sequence[str]) -> Composed:
-    """Returns a job as a person asked for it. Raises `BadInputError`."""
-    everything = [*saved_overrides(overrides), *overrides]
-    if job == "stack":
-        everything = [*inherited_overrides(everything), *everything]
-    return Composed(compose_job(job, everything), everything)
-
-
 def _asked(job: str, overrides: Sequence[str], console: Console, *, verbose: bool) -> _Asked:
-    found = composed(job, overrides)
+    return _asked_of(job, composed(job, overrides), console, verbose=verbose)
+
+
+def _asked_of(job: str, found: Composed, console: Console, *, verbose: bool) -> _Asked:
+    if found.is_for_kubernetes:
+        k8s_config(found.k8s_words)  # checks them
+    else:
+        found.refuse_k8s_words()
     return _Asked(job, found.config, found.overrides, console, verbose)
 
 

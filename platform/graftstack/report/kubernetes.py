@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from graftstack.config.k8s import K8sConfig, k8s_config
-from graftstack.report.jobs import composed
+from graftstack.report.composing import Composed, composed
 from graftstack.report.submitting import say
 from graftstack.submit import kubernetes
 from graftstack.submit.kube_api import Place
@@ -22,10 +22,18 @@ def submit_job(job: str, overrides: Sequence[str], *, dry_run: str | None, follo
         dry_run: ``client`` writes what would be applied, ``server`` asks the API server whether it would take that.
         follows: Whether to write its log until it is over, and end as it does.
     """
-    words = k8s_config(overrides)
-    found = composed(job, words.overrides)
+    return _submit(job, composed(job, overrides), dry_run=dry_run, follows=follows)
+
+
+def run_on_kubernetes(job: str, found: Composed) -> int:
+    """Submits a job that says ``cluster=k8s``, follows it, and returns the exit status that it ends with."""
+    return _submit(job, found, dry_run=None, follows=True)
+
+
+def _submit(job: str, found: Composed, *, dry_run: str | None, follows: bool) -> int:
+    config = k8s_config(found.k8s_words)
     spec = spec_on_cluster(job, found.config, found.overrides, has_our_paths=False)
-    return kubernetes.submit_job(spec, words.config, dry_run=dry_run, follow=follows, say=say)
+    return kubernetes.submit_job(spec, config, dry_run=dry_run, follow=follows, say=say)
 
 
 def run_action(action: str, names: Sequence[str], *, namespace: str | None, context: str | None, follows: bool) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graftstack.amounts import duration
-from graftstack.report.tables import empty_table
+from graftstack.report.tables import add_memory, empty_table
 
 if TYPE_CHECKING:
     from graftstack.meta.plan import MetaPlan
@@ -46,6 +46,7 @@ def plan_tables(plan: "MetaPlan") -> list[Table]:
     found.add_row("steps", f"{plan.num_steps}, each for {plan.num_blocks} workers at most; {plan.num_workers} work")
     table = ", ".join(f"{ways}-way {shots}-shot" for ways, shots in plan.evaluation)
     found.add_row("evaluation", f"{plan.num_eval_episodes} episodes each of {table}")
+    add_memory(found, plan.worker_memory_bytes, plan.device_memory_bytes)
     found.add_row("a training episode here", f"{plan.episode_s:.3f} s")
     found.add_row("predicted", duration(plan.predicted_s))
     return [found]

@@ -51,6 +51,10 @@ class PlainDisplay:
             self._console.print(epoch_line(row, progress["num_epochs"]), highlight=False, soft_wrap=True)
         self._num_rows = len(progress["history"])
 
+    def say(self, text: str) -> None:
+        """Says a line."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
 
 class LiveDisplay:
     """Bars for decoding and training, with a line above them for each finished epoch."""
@@ -76,6 +80,10 @@ class LiveDisplay:
             note += f"  {progress['images_per_s']:.0f} images/s"
         self._bars.update(self._training, completed=progress["step"], note=note)
         self._plain.training(progress)
+
+    def say(self, text: str) -> None:
+        """Says a line, above the bars."""
+        self._plain.say(text)
 
 
 def epoch_line(row: dict[str, float], num_epochs: int) -> str:

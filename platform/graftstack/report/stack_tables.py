@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graftstack.amounts import size
-from graftstack.report.tables import empty_table, number
+from graftstack.report.tables import add_memory, empty_table, number
 
 if TYPE_CHECKING:
     from graftstack.stacking.leakage import LeakageReport
@@ -30,6 +30,7 @@ def plan_tables(plan: "StackPlan") -> list[Table]:
     sums.add_row("tasks", f"{plan.num_tasks} on {plan.num_slots} slots")
     if plan.tap_bytes:
         sums.add_row("taps to write", size(plan.tap_bytes))
+    add_memory(sums, plan.worker_memory_bytes, plan.device_memory_bytes)
     sums.add_row("predicted", "-" if plan.predicted_s is None else f"{plan.predicted_s:.1f} s")
     for note in plan.notes:
         sums.add_row("note", note)

@@ -16,9 +16,10 @@ from graftstack.cluster.submission import FAILED, STOPPED, JobServer, Submission
 from graftstack.config.spec import to_bytes
 from graftstack.errors import BadInputError, GraftstackError, did_you_mean
 from graftstack.report import tables
+from graftstack.report.composing import composed
 from graftstack.report.console import plain_console
-from graftstack.report.jobs import composed
 from graftstack.submit.following import LostError, exit_status, follow
+from graftstack.submit.hints import hints_in
 from graftstack.submit.submissions import (
     RUN,
     RUNS_DIR,
@@ -37,12 +38,6 @@ EXIT_DONE = 0
 # How long `stop` waits for the end of a job, and how often it looks, in seconds. Ray kills after three.
 _STOPPED_WITHIN_S = 20.0
 _LOOK_EVERY_S = 0.5
-
-# What the log of a job says that found no graftstack, or no Python, where it runs.
-_HINTS = {
-    "No module named 'graftstack'": "the cluster's Python has no graftstack; install it there, or add --with-code",
-    "python: not found": "the head of the cluster has no python on its PATH; start Ray where there is one",
-}
 
 
 class _Asked(NamedTuple):
@@ -86,9 +81,10 @@ def submit_job(
         dry_run: ``client`` prints what would be sent, and asks no cluster; ``server`` asks whether it is there already.
         follows: Whether to write its log until it is over, and end as it does.
     """
-    if strange := [word for word in overrides if word.startswith("k8s.")]:
-        raise BadInputError(f"{strange[0]}: says how a job runs on Kubernetes; add --to k8s, or leave it out")
     found = composed(job, overrides)
+    if found.is_for_kubernetes:
+        raise BadInputError("cluster=k8s: gets pods of its own, and this is a Ray cluster; submit it --to k8s")
+    found.refuse_k8s_words()
     spec = spec_on_cluster(job, found.config, found.overrides)
     check_name(spec)
     asked = request(spec, with_code=with_code)
@@ -189,8 +185,8 @@ def _follow(server: JobServer, submission_id: str, to: str | None) -> int:
         if over.exit_code is None and over.message:
             for line in over.message.strip().splitlines():
                 say(line)
-        for sign in tail.signs():
-            say(_HINTS[sign])
+        for hint in tail.hints():
+            say(hint)
     return status
 
 
@@ -205,9 +201,9 @@ class _Tail:
     def take(self, part: str) -> None:
         self._text = (self._text + part)[-self._LENGTH :]
 
-    def signs(self) -> list[str]:
-        """Returns the keys of `_HINTS` that it holds."""
-        return [sign for sign in _HINTS if sign in self._text]
+    def hints(self) -> list[str]:
+        """Returns what to do about the causes that it names."""
+        return hints_in(self._text)
 
 
 def _say_placed(placed: Placed, asked: Request, *, is_dry_run: bool) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from graftstack.amounts import size
-from graftstack.report.tables import empty_table, number
+from graftstack.report.tables import add_memory, empty_table, number
 
 if TYPE_CHECKING:
     from graftstack.sweep.plan import SweepPlan
@@ -56,6 +56,8 @@ def _sums(plan: "SweepPlan") -> Table:
     found.add_row("images", str(plan.num_images))
     found.add_row("taps to write", size(plan.tap_bytes))
     found.add_row("one pass for them", f"{plan.pass_s:.1f} s")
+    if plan.worker_memory_bytes is not None:
+        add_memory(found, plan.worker_memory_bytes, plan.device_memory_bytes)
     if plan.start_s:
         found.add_row("starting processes", f"{plan.start_s:.1f} s")
     found.add_row("predicted", f"{plan.predicted_s:.1f} s")

@@ -59,6 +59,7 @@ def plan_tables(plan: "Plan") -> list[Table]:
     data.add_row("skipped images", str(plan.num_skipped_images))
     data.add_row("decoded images", size(plan.cache_bytes))
     data.add_row("checkpoint, at most", size(plan.checkpoint_bytes))
+    add_memory(data, plan.worker_memory_bytes, plan.device_memory_bytes)
     data.add_row("validation", f"{plan.validation_s:.2f} s")
     data.add_row("predicted, one worker here", f"{plan.predicted_s:.1f} s")
 
@@ -71,6 +72,13 @@ def plan_tables(plan: "Plan") -> list[Table]:
     for phase in plan.phases:
         phases.add_row(f"{phase.first_step}-{phase.last_step}", str(phase.freeze_depth), f"{phase.step_s:.3f}")
     return [data, groups, phases]
+
+
+def add_memory(table: Table, worker_bytes: int, device_bytes: int | None) -> None:
+    """Adds to a table of a plan what a worker needs of the machine, and of its GPU if it has one."""
+    table.add_row("memory of a worker", size(worker_bytes))
+    if device_bytes is not None:
+        table.add_row("memory of its GPU", size(device_bytes))
 
 
 def metrics_table(metrics: Mapping[str, float]) -> Table:

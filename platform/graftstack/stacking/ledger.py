@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from graftstack.errors import GraftstackError
+from graftstack.errors import GraftstackError, StorageUnreachableError
 from graftstack.stacking.ledger_keys import types_of
 from graftstack.stacking.model_file import UnstorableError, model_bytes, model_of
 from graftstack.stacking.work import FoldResult, RefitResult
@@ -48,10 +48,15 @@ class Ledger:
         Args:
             key: Of the task.
             estimator: What the task fits: its types, and those in its parameters, are trusted in the stored model.
+
+        Raises:
+            StorageUnreachableError: whether there is one can't be known.
         """
         try:
             header = json.loads(self.folder.read(_header(key)))
             return self._result(key, header, estimator)
+        except StorageUnreachableError:
+            raise
         except FileNotFoundError:
             if self.exists(key):
                 log.warning("%s: its files are missing; the task runs again", self.folder.path(key))

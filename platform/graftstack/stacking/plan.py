@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from graftstack.config.schema import ClusterKind
 from graftstack.config.stack import StackMode
+from graftstack.finetune.memory import DataFacts, JobMemory, assumed_image_size
 from graftstack.machine import usable_cpus
 from graftstack.reason import reason
 from graftstack.seeding import derive_seed
 from graftstack.stacking.fitting import StackTask, taken
 from graftstack.stacking.folds import Fold
+from graftstack.stacking.memory import TableFacts, stack_memory
 from graftstack.stacking.task_run import Job, encoded_target, run
 from graftstack.stacking.work import BaseModel
 
@@ -60,6 +62,10 @@ class StackPlan:
     num_slots: int
     tap_bytes: int
     """Of what is missing of the taps that backbones read."""
+    worker_memory_bytes: int
+    """Memory of the machine that the base models need which are fitted at once, at the most."""
+    device_memory_bytes: int | None
+    """Memory of the GPU of one that has a backbone; None: none has a GPU."""
     bases: tuple[BasePlan, ...]
     notes: tuple[str, ...]
     predicted_s: float | None
@@ -75,6 +81,20 @@ def _tap_bytes(task: StackTask) -> int:
     return bytes_to_make(readers, task.data.views["images"])
 
 
+def _memory(task: StackTask, num_slots: int) -> JobMemory:
+    data, schema, views = task.data, task.data.schema, task.data.views
+    num_columns = len(schema.columns) if schema is not None else views["pixels"].shape[1] if "pixels" in views else 0
+    table = TableFacts(len(data.splits.train), num_columns, task.num_classes)
+    size = views["images"].image_size if "images" in views else None
+    return stack_memory(
+        task.config,
+        table,
+        num_slots=num_slots,
+        facts=DataFacts(task.num_classes, len(data)),
+        size_of=lambda config: size or assumed_image_size(config),
+    )
+
+
 class _Call(NamedTuple):
     seconds: float
     num_threads: int
@@ -88,7 +108,9 @@ class _Timing(NamedTuple):
 def make_plan(task: StackTask) -> StackPlan:
     """Returns the plan of a prepared stack; fits each base model of the first level to a sample, twice."""
     config = task.config
-    num_slots = 1 if config.cluster.kind is ClusterKind.inline else config.max_slots or usable_cpus()
+    num_slots = (
+        1 if config.cluster.kind is ClusterKind.inline else config.cluster.cpus_of(config.max_slots or usable_cpus())
+    )
     num_rows = len(task.data.splits.train)
     fold_rows = int(np.mean([len(fold.train) for fold in task.folds.folds]))
     plans: list[BasePlan] = []
@@ -121,6 +143,7 @@ def make_plan(task: StackTask) -> StackPlan:
         notes.append("base models above the first level can't be timed before there are predictions to learn from")
     is_timed = all(plan.fit_s is not None for plan in plans)
     schema = task.data.schema
+    memory = _memory(task, num_slots)
     return StackPlan(
         num_rows=num_rows,
         num_held_out=len(task.data.splits.val),
@@ -132,6 +155,8 @@ def make_plan(task: StackTask) -> StackPlan:
         num_tasks=sum(plan.num_tasks for plan in plans),
         num_slots=num_slots,
         tap_bytes=_tap_bytes(task),
+        worker_memory_bytes=memory.worker_bytes,
+        device_memory_bytes=memory.device_bytes,
         bases=tuple(plans),
         notes=tuple(notes),
         predicted_s=round(_makespan(calls, num_slots), 3) if is_timed else None,

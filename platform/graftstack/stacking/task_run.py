@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graftstack.data.splits import Rows
-from graftstack.errors import RunError, StorageFullError
+from graftstack.errors import RunError, StorageError
 from graftstack.stacking.folds import Fold
 from graftstack.stacking.inner_jobs import limited_jobs
 from graftstack.stacking.ledger import Ledger
@@ -101,7 +101,7 @@ def run(job: Job, X: Any, y: Any, folds: Sequence[Fold], *fit_params: Any) -> Do
         return Done(result, None)
     try:
         return Done(result, job.ledger.write(job.key, result, job.estimator))
-    except (StorageFullError, RunError, OSError):
+    except (StorageError, RunError, OSError):
         return Done(result, None)
 
 

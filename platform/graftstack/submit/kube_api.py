@@ -11,18 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from graftstack.errors import BadInputError, ConfigError, GraftstackError
 from graftstack.reason import reason
 
 Manifest = dict[str, Any]
 
 _GROUP, _VERSION, _PLURAL = "ray.io", "v1", "rayjobs"
-_KUEUE_VERSIONS = ("v1beta2", "v1beta1")
 
-# What it says to whom it knows, and who may not.
+KUEUE_GROUP = "kueue.x-k8s.io"
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""The newest first: an older Kueue has only the other."""
+
+# What it says to whom it knows, and who may not; and to whom it doesn't know, where that is let in at all.
 _FORBIDDEN = re.compile(r"forbidden: User|cannot \w+ resource")
+_ANONYMOUS = "system:anonymous"
 
 _CONNECT_S, _READ_S = 5.0, 30.0
+
+# Who asks whether somebody is there wants to know soon; what comes later may take longer.
+_FIRST_ANSWER_S = (2.5, 2.5)
 
 # A log that says nothing for so long is asked for again: the connection may be gone without a word.
 _LOG_READ_S = 60.0
@@ -40,6 +49,37 @@ class Place:
         """Returns the command that does the same by hand."""
         context = f" --context {self.context}" if self.context else ""
         return f"kubectl{context} -n {self.namespace} {words}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object, as the paths of the API have it."""
+
+    plural: str
+    group: str
+    """Empty for the oldest ones, such as Secrets."""
+    version: str = "v1"
+    is_namespaced: bool = True
+
+
+NAMESPACE = Kind("namespaces", "", is_namespaced=False)
+SERVICE_ACCOUNT = Kind("serviceaccounts", "")
+CLAIM = Kind("persistentvolumeclaims", "")
+SECRET = Kind("secrets", "")
+PRIORITY_CLASS = Kind("priorityclasses", "scheduling.k8s.io", is_namespaced=False)
+DEPLOYMENT = Kind("deployments", "apps")
+CUSTOM_RESOURCE = Kind("customresourcedefinitions", "apiextensions.k8s.io", is_namespaced=False)
+RAY_JOB = Kind(_PLURAL, _GROUP, _VERSION)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Something that somebody may do in a namespace, or not."""
+
+    verb: str
+    resource: str
+    """Such as ``pods``, or ``pods/log``."""
+    group: str = ""
 
 
 class RefusedError(GraftstackError):
@@ -68,6 +108,7 @@ class KubeApi:
         api_client = client.ApiClient(configuration)
         self.place = place
         self._core, self._custom = client.CoreV1Api(api_client), client.CustomObjectsApi(api_client)
+        self._version = client.VersionApi(api_client)
 
     def ray_jobs(self, selector: str = "") -> list[Manifest]:
         """Returns the RayJobs with those labels."""
@@ -169,11 +210,11 @@ class KubeApi:
 
     def workloads(self, uid: str) -> list[Manifest]:
         """Returns what Kueue made of the job with that uid; nothing where there is no Kueue."""
-        selector = f"kueue.x-k8s.io/job-uid={uid}"
-        for version in _KUEUE_VERSIONS:
+        selector = f"{KUEUE_GROUP}/job-uid={uid}"
+        for version in KUEUE_VERSIONS:
             list_them = self._custom.list_namespaced_custom_object
             try:
-                return self._list(list_them, selector, "kueue.x-k8s.io", version, plural="workloads")
+                return self._list(list_them, selector, KUEUE_GROUP, version, plural="workloads")
             except RefusedError as error:
                 if error.status != 404:
                     raise
@@ -198,6 +239,94 @@ class KubeApi:
             yield _lines(response)
         finally:
             response.close()
+
+    def server_version(self) -> str:
+        """Returns the version of Kubernetes. Most servers tell it to anyone."""
+        found = self._ask(self._version.get_code, _preload_content=False, _request_timeout=_FIRST_ANSWER_S)
+        if not isinstance(found, dict) or "gitVersion" not in found:
+            raise UnreachableError("what answers is no API server")
+        return str(found["gitVersion"])
+
+    def user(self) -> str | None:
+        """Returns the name by which the server knows who asks; None where it can't say (before Kubernetes 1.28)."""
+        try:
+            found = self._review("authentication.k8s.io", "SelfSubjectReview", {})
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return None
+        return str(found["status"]["userInfo"]["username"])
+
+    def may(self, access: Access) -> bool:
+        """Returns whether who asks may do that in the namespace."""
+        resource, _, part = access.resource.partition("/")
+        attributes = {
+            "namespace": self.place.namespace,
+            "verb": access.verb,
+            "group": access.group,
+            "resource": resource,
+            **({"subresource": part} if part else {}),
+        }
+        found = self._review("authorization.k8s.io", "SelfSubjectAccessReview", {"resourceAttributes": attributes})
+        return bool(found["status"]["allowed"])
+
+    def serves(self, kind: Kind) -> bool:
+        """Returns whether the server has objects of that kind, which must not be one of the oldest."""
+        try:
+            found = self._ask(
+                self._custom.get_api_resources, group=kind.group, version=kind.version, _preload_content=False
+            )
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return False
+        return any(resource["name"] == kind.plural for resource in found.get("resources") or [])
+
+    def find(self, kind: Kind, name: str) -> Manifest | None:
+        """Returns an object of the namespace, or of the cluster; None where there is none of that name."""
+        path: dict[str, Any] = {"namespace": self.place.namespace} if kind.is_namespaced else {}
+        if kind.group:
+            path |= {"group": kind.group, "version": kind.version, "plural": kind.plural}
+        functions: dict[Kind, Callable[..., Any]] = {
+            NAMESPACE: self._core.read_namespace,
+            SERVICE_ACCOUNT: self._core.read_namespaced_service_account,
+            CLAIM: self._core.read_namespaced_persistent_volume_claim,
+            SECRET: self._core.read_namespaced_secret,
+        }
+        custom = self._custom
+        of_group = custom.get_namespaced_custom_object if kind.is_namespaced else custom.get_cluster_custom_object
+        try:
+            found: Manifest = self._ask(functions.get(kind, of_group), name=name, _preload_content=False, **path)
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return None
+        return found
+
+    def everywhere(self, kind: Kind, selector: str) -> list[Manifest]:
+        """Returns the objects with those labels in all namespaces; of a kind that isn't one of the oldest."""
+        found = self._ask(
+            self._custom.list_cluster_custom_object,
+            group=kind.group,
+            version=kind.version,
+            plural=kind.plural,
+            label_selector=selector,
+            _preload_content=False,
+        )
+        items: list[Manifest] = found.get("items") or []
+        return items
+
+    def _review(self, group: str, kind: str, spec: Manifest) -> Manifest:
+        """Returns what the server answers to a question that is asked by making an object, which it doesn't keep."""
+        found: Manifest = self._ask(
+            self._custom.create_cluster_custom_object,
+            group=group,
+            version="v1",
+            plural=f"{kind.lower()}s",
+            body={"apiVersion": f"{group}/v1", "kind": kind, "spec": spec},
+            _preload_content=False,
+        )
+        return found
 
     def _list(self, function: Callable[..., Any], selector: str, *group: str, **more: Any) -> list[Manifest]:
         if group:
@@ -247,6 +376,9 @@ def connect(place: Place) -> KubeApi:
         # What the client takes for the default was read when it was imported.
         file = os.environ.get("KUBECONFIG")
         config.load_kube_config(file, context=place.context, client_configuration=configuration)
+    except (yaml.YAMLError, OSError, TypeError, AttributeError, ValueError) as error:  # what it holds is no kubeconfig
+        where = f"KUBECONFIG={file}" if file else "~/.kube/config"
+        raise ConfigError(f"--to k8s: {where} can't be read ({reason(error)}); correct it") from error
     except config.ConfigException as error:
         if place.context is not None:
             raise ConfigError(
@@ -267,8 +399,9 @@ def explained(error: RefusedError | UnreachableError, place: Place) -> Graftstac
     if isinstance(error, UnreachableError):
         return BadInputError(f"--to k8s: the API server doesn't answer ({text}); see {place.kubectl('get rayjobs')}")
     subject, problem, remedy = "--to k8s", f"refused ({text})", "correct that"
+    is_stranger = error.status == 401 or (error.status == 403 and _ANONYMOUS in text)
     match error.status:
-        case 401:
+        case _ if is_stranger:
             problem = f"the API server doesn't know who you are ({text})"
             remedy = f"log in anew, until {place.kubectl('get rayjobs')} works"
         case 404 if error.kind == "namespaces":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from queue import Empty
 from typing import Any
 
-from graftstack.config.k8s import K8sConfig, K8sWords, k8s_config
+from graftstack.config.k8s import K8sConfig
 from graftstack.config.spec import Spec
 from graftstack.errors import BadInputError, ConfigError
 from graftstack.submit.kube_api import KubeApi, Manifest, Place, RefusedError, UnreachableError, connect, explained
@@ -16,8 +16,6 @@ from graftstack.submit.kube_states import EXIT_DONE, EXIT_INTERRUPTED, Phase, Re
 from graftstack.submit.manifest import to_manifest
 from graftstack.submit.render import PART_OF, RUN_ANNOTATION, RUN_LABEL, SPEC_ANNOTATION, Rendered, notes, render
 from graftstack.submit.rules import check
-
-__all__ = ["K8sWords", "job_log", "job_status", "k8s_config", "list_jobs", "stop_job", "submit_job"]
 
 Say = Callable[[str], None]
 """Takes a line for the user."""

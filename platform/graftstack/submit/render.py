@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from graftstack.config.k8s import K8sConfig
-from graftstack.config.kubernetes_syntax import times
 from graftstack.config.schema import ClusterKind, JobConfig
 from graftstack.config.spec import Spec, to_bytes
 from graftstack.errors import ConfigError
 from graftstack.storage import is_uri
 from graftstack.submit.manifest import to_manifest, to_yaml
+from graftstack.submit.memory import pod_memory
 from graftstack.submit.pods import (
     Container,
     EnvVar,
@@ -42,7 +42,7 @@ from graftstack.submit.rayjob import (
     SubmitterConfig,
     WorkerGroup,
 )
-from graftstack.submit.rules.kueue import ELASTIC_ANNOTATION, QUEUE_LABEL
+from graftstack.submit.rules.kueue import ELASTIC_ANNOTATION, PRIORITY_LABEL, QUEUE_LABEL
 
 RUN_LABEL = "graftstack.io/run"
 RUN_ANNOTATION = "graftstack.io/run-name"
@@ -111,7 +111,8 @@ def render(spec: Spec, config: K8sConfig, *, attempt: int = 1) -> Rendered:
         namespace=config.namespace,
         labels=pods.labels
         | {RUN_LABEL: run_label(spec.config)}
-        | ({QUEUE_LABEL: config.queue} if config.queue else {}),
+        | ({QUEUE_LABEL: config.queue} if config.queue else {})
+        | ({PRIORITY_LABEL: config.queue_priority} if config.queue_priority else {}),
         annotations={
             RUN_ANNOTATION: str(spec.config.name),
             SPEC_ANNOTATION: digest(content),
@@ -170,17 +171,10 @@ def _check_places(job: JobConfig, config: K8sConfig) -> None:
         raise ConfigError(f"runs_dir={job.runs_dir}: not on the claim {config.storage_claim}; {remedy}")
 
 
-def _on_the_cluster(job: JobConfig, config: K8sConfig) -> Any:
-    """Returns the configuration as it holds inside of pods: how many CPUs a worker has, and where all of them look."""
+def _on_the_cluster(job: JobConfig, config: K8sConfig) -> JobConfig:
+    """Returns the configuration as it holds inside of pods, where it is known how many CPUs a worker has."""
     cpus = job.cluster.cpus_per_worker or config.worker_cpus
-    placed = replace(job, cluster=replace(job.cluster, kind=ClusterKind.ray, address="auto", cpus_per_worker=cpus))
-    taps = getattr(placed, "taps", None)
-    if taps is None or taps.location is not None:
-        return placed
-    # The default is a cache of one machine's own, and a pod is a machine of its own.
-    is_shared = config.storage_claim is not None
-    location = f"{config.storage_mount}/.cache/taps" if is_shared else f"{job.runs_dir.rstrip('/')}/.taps"
-    return replace(placed, taps=replace(taps, location=location))  # type: ignore[call-arg]
+    return replace(job, cluster=replace(job.cluster, kind=ClusterKind.ray, address="auto", cpus_per_worker=cpus))
 
 
 def _object_name(run: str, content: bytes, attempt: int) -> str:
@@ -199,6 +193,7 @@ class _Pods:
 
     def __init__(self, spec: Spec, config: K8sConfig) -> None:
         self._spec, self._config = spec, config
+        self._memory = pod_memory(spec, config)
         cluster = spec.config.cluster
         per_pod = config.workers_per_pod
         self._min_pods, self._max_pods = config.pod_range or (
@@ -249,9 +244,8 @@ class _Pods:
         """The driver runs here, and nothing else: what runs out of memory elsewhere doesn't end the cluster."""
         config = self._config
         spec = Volume(name="spec", config_map={"name": config_map})
-        container = self._container(
-            "ray-head", _both(cpu=config.head_cpus, memory=config.head_memory), spec_volume="spec"
-        )
+        resources = _both(cpu=config.head_cpus, memory=self._memory.head)
+        container = self._container("ray-head", resources, spec_volume="spec")
         pod = self._pod([container], [*self._volumes(), spec])
         return HeadGroup(
             # A head that is lost takes the cluster with it; workers come back.
@@ -272,7 +266,7 @@ class _Pods:
         gpus = math.ceil(cluster.gpus_per_worker * num)
         amounts: dict[str, str | int | float] = {
             "cpu": str((cluster.cpus_per_worker or config.worker_cpus) * num),
-            "memory": times(config.worker_memory, num),
+            "memory": self._memory.worker,
         }
         if gpus:
             amounts[config.gpu_resource] = str(gpus)

@@ -20,7 +20,7 @@ from graftstack.config.base_models import RUN_PREFIX
 from graftstack.config.plain import flatten, to_plain
 from graftstack.config.schema import ClusterKind, JobConfig
 from graftstack.config.spec import Spec, run_name, to_bytes
-from graftstack.errors import RunError
+from graftstack.errors import RunError, StorageUnreachableError
 from graftstack.runs import MANIFEST, Manifest, Run, now
 from graftstack.storage import Folder
 from graftstack.submit.packing import Package, code_files, job_files, pack
@@ -158,7 +158,7 @@ def check_name(spec: Spec) -> None:
     """
     folder = Folder(spec.config.runs_dir) / str(spec.config.name)
     is_there = False
-    with suppress(RunError, OSError):  # what only the cluster reaches, only the job can check
+    with suppress(StorageUnreachableError, OSError):  # what only the cluster reaches, only the job can check
         is_there = folder.exists()
     if not is_there:
         return

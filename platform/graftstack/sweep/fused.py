@@ -26,6 +26,9 @@ from graftstack.runtime import LocalWorker
 from graftstack.storage import Folder
 from graftstack.sweep.fused_member import Member
 
+MOST_FUSED, MOST_LOGIT_BYTES = 256, 2**29
+"""Trials are split into units no larger than this, whose validation logits take no more than so many bytes."""
+
 # What makes a head's output random, or a function of more than its input: such heads train alone.
 _IMPURE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)  # noqa: SLF001 - the public bases of none
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from graftstack.errors import StorageFullError
+from graftstack.errors import StorageError
 from graftstack.reason import reason
 from graftstack.sweep.trials import EpochEnd, Event, Runner, Unit, UnitEnd, UnitLost
 
@@ -30,10 +30,11 @@ class InlinePool:
     def wait(self, timeout_s: float) -> list[Event]:  # noqa: ARG002 - nothing happens elsewhere that could be waited for
         """Trains up to the end of an epoch, however long that takes.
 
-        Whatever the runner raises is the loss of its unit; a full disk is not, since the next unit would meet it too.
+        Whatever the runner raises is the loss of its unit; a full disk, or a store out of reach, is not, since the next
+        unit would meet it too.
 
         Raises:
-            StorageFullError: nothing more can be written.
+            StorageError: nothing more can be written.
         """
         if self._unit is None or self._next is None:
             return []
@@ -41,7 +42,7 @@ class InlinePool:
         self._unit = self._next = None
         try:
             event = step()
-        except StorageFullError:
+        except StorageError:
             raise
         except Exception as error:  # a fault of one unit is not one of the sweep
             return [UnitLost(unit, reason(error))]

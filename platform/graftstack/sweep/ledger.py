@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any, get_args
@@ -14,9 +13,6 @@ from graftstack.sweep.trials import Status, TrialResult
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
-
-# An object store answers after a while, but answers many at once.
-_NUM_READERS = 16
 
 # What a row that was read must hold; damage that is still JSON is damage too.
 _TYPES: dict[str, Any] = {
@@ -40,7 +36,7 @@ class Ledger:
         self.folder = folder
 
     def write(self, result: TrialResult) -> None:
-        """Puts the row of a trial on disk, whole or not at all. Raises `StorageFullError`, `RunError`."""
+        """Puts the row of a trial on disk, whole or not at all. Raises `StorageError`, `RunError`."""
         self.folder.write(_file_name(result.index), json.dumps(asdict(result)).encode())
 
     def find(self, index: int) -> TrialResult | None:
@@ -58,9 +54,8 @@ class Ledger:
         """Returns all rows that can be read, by the index of their trial, in its order."""
         stems = [PurePosixPath(name).stem for name in self.folder.names() if name.endswith(_SUFFIX)]
         indices = sorted(int(stem) for stem in stems if stem.isdecimal())
-        with ThreadPoolExecutor(1 if self.folder.is_local else _NUM_READERS) as readers:
-            found = readers.map(self.find, indices)
-            return {result.index: result for result in found if result is not None}
+        found = self.folder.of_each(indices, self.find)
+        return {result.index: result for result in found if result is not None}
 
 
 def trial_rows(results: Iterable[TrialResult]) -> list[dict[str, Any]]:

@@ -51,6 +51,10 @@ class SweepPlan:
     """The whole sweep without any sharing, one trial after another."""
     rates: dict[str, float]
     """What was measured: decode_s, read_s_per_byte, write_s_per_byte."""
+    worker_memory_bytes: int | None = None
+    """Memory of the machine that each process needs in which trials train, at the most; None: nobody has asked."""
+    device_memory_bytes: int | None = None
+    """Memory of its GPU; None: it has none."""
     start_s: float = 0.0
     """Starting processes, where trials run in some of their own."""
 

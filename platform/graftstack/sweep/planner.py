@@ -2,16 +2,20 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from graftstack.config.schema import Augment, FinetuneConfig
 from graftstack.config.sweep import Reuse, SchedulerName, SearchName, SweepConfig
+from graftstack.finetune.initial import preprocessing_for
+from graftstack.finetune.memory import DataFacts
 from graftstack.finetune.tapping import tap_items, tap_spec
 from graftstack.finetune.task import Workbench
-from graftstack.sweep.fused import fusing_key, obstacle_to_fusing
+from graftstack.sweep.fused import MOST_FUSED, MOST_LOGIT_BYTES, fusing_key, obstacle_to_fusing
 from graftstack.sweep.measure import measure_forward, measure_suffix
+from graftstack.sweep.memory import sweep_memory
 from graftstack.sweep.plan import DepthPlan, Pass, SweepPlan
 from graftstack.sweep.prediction import DepthCost, depth_demand, depth_plan, reads_tap
 from graftstack.sweep.trials import Trial, Unit
@@ -20,8 +24,6 @@ from graftstack.taps.costs import Boundary, choose, making_s
 from graftstack.taps.key import TapSpec
 from graftstack.taps.store import TapStore
 
-# Fused trials are split into units no larger than this, whose validation logits take no more than so many bytes.
-_MOST_FUSED, _MOST_LOGIT_BYTES = 256, 2**29
 # A fused step of more members than this costs as much more as there are more of them.
 _MOST_MEASURED = 32
 
@@ -76,6 +78,16 @@ class Planner:
             uncached_s=sum(row.uncached_s for row in depths),
             rates=rates,
         )
+
+    def with_memory(self, plan: SweepPlan, trial: Trial) -> SweepPlan:
+        """Returns a plan with what processes of the sweep need, given the data of one of its trials.
+
+        It takes a second or more, which a sweep that is to run has a better use for.
+        """
+        data = self._workbench.task(trial.config).data
+        facts = DataFacts(len(data.class_names), len(data.splits.val))
+        memory = sweep_memory(self._config, facts, size_of=lambda config: preprocessing_for(config).image_size)
+        return replace(plan, worker_memory_bytes=memory.worker_bytes, device_memory_bytes=memory.device_bytes)
 
     def passes(self) -> list[Pass]:
         """Returns for each trunk of which a tap is to be made all those that its trials read, stored ones too."""
@@ -142,7 +154,7 @@ class Planner:
     def _most_fused(self, trial: Trial) -> int:
         data = self._workbench.task(trial.config).data
         logit_bytes = 4 * len(data.splits.val) * len(data.class_names)
-        most = max(1, min(_MOST_FUSED, _MOST_LOGIT_BYTES // max(1, logit_bytes)))
+        most = max(1, min(MOST_FUSED, MOST_LOGIT_BYTES // max(1, logit_bytes)))
         return min(most, self._most_at_a_time or most)
 
     @property

@@ -118,7 +118,7 @@ class Pool(Protocol):
 
     @property
     def num_free(self) -> int:
-        """How many units can be started now."""
+        """How many units can be started now; where none runs at least one, though it may have to wait for its slot."""
         ...
 
     def start(self, unit: Unit) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_DAY_S = 86400.0
+
 _MAKE_LOCK, _FETCH_LOCK = "make.lock", "fetch.lock"
 
 
@@ -175,6 +177,8 @@ class TapStore:
                 locks.enter_context(lock_shared(self._near(spec) / USE_LOCK))  # first: from now on the folder stays
                 locks.enter_context(lock_alone(self._near(spec) / _MAKE_LOCK))
                 Folder(self._near(spec)).sweep()
+                if not self._folder.is_local:  # others may be uploading there
+                    self._far(spec).sweep(older_than_s=_DAY_S)
             yield
 
     def make_room(self, num_bytes: int, keep: Collection[str]) -> bool:
@@ -262,8 +266,10 @@ def _describe(folder: Folder, spec: TapSpec) -> None:
     """Says in plain JSON what the tap of a folder is, unless that is said."""
     about = {**dataclasses.asdict(spec.key), "shape": spec.shape, "num_items": spec.num_items}
     text = json.dumps({**about, "num_bytes": spec.num_bytes}, indent=2).encode()
-    if not folder.exists(ABOUT_FILE) or folder.read(ABOUT_FILE) != text:
-        folder.write(ABOUT_FILE, text)
+    with suppress(FileNotFoundError):
+        if folder.read(ABOUT_FILE) == text:
+            return
+    folder.write(ABOUT_FILE, text)
 
 
 def _described_bytes(folder: Folder) -> int:

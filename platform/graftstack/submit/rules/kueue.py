@@ -11,6 +11,7 @@ from graftstack.submit.rayjob import RayJob
 from graftstack.submit.rules.view import CLUSTER, SPEC, WORKERS, Rule, autoscales, cluster, meta, spec
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
 _TIME_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
 

@@ -1,0 +1,68 @@
+"""A cluster that loses its head is gone: the job ends soon, and goes on elsewhere from its run folder."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from graftstack.runs import MANIFEST, find_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+# A crew's driver asks a process of its cluster for something all the time, misses it and says so. Others wait for
+# answers that never come, and Ray itself ends them after a minute in which it has tried to connect again.
+TOLD, ENDED_BY_RAY = "failed", "running"
+
+# How long a driver may take to end, in seconds.
+MOST_S = 120
+
+
+def assert_told(said: str, address: str) -> None:
+    """Asserts that the job's own error is the last that is said."""
+    last = said.splitlines()[-1]
+    assert last.startswith(f"graftstack: cluster.address={address}: the cluster is gone ("), said
+    assert last.endswith("); go on in another one with resume=true and its cluster.address"), said
+
+
+def assert_ended_by_ray(said: str) -> None:
+    last = said.splitlines()[-1]
+    assert "Failed to connect to GCS within 60 seconds" in last, said
+
+
+@pytest.mark.parametrize(
+    ("job", "stored"), [("finetune", ENDED_BY_RAY), ("sweep", ENDED_BY_RAY), ("stack", ENDED_BY_RAY), ("meta", TOLD)]
+)
+def test_a_job_whose_head_is_lost_goes_on_in_another_cluster(
+    job: str, stored: str, work_of: Callable[[str], Any], start_nodes: Callable[[], Any]
+) -> None:
+    """`stored`: the status that the manifest is left with."""
+    work, name = work_of(job), "headless"
+    assert work.progress_of(work.unbroken) == work.total
+    nodes = start_nodes()
+    nodes.add()
+    driver = work.begin(name, *nodes.overrides, *work.on_nodes)
+    work.wait_until(lambda: work.progress(name) >= work.total // 4, name, driver)
+    address = nodes.address  # nobody knows it any more when the head is gone
+    nodes.lose_head()
+    lost_at = time.monotonic()
+    assert driver.wait(MOST_S) == 1
+    print(f"{job}: ended {time.monotonic() - lost_at:.0f} s after its head")
+    if stored == TOLD:
+        assert_told(work.said(name).strip(), address)
+    else:
+        assert_ended_by_ray(work.said(name).strip())
+    assert json.loads((work.folder / name / MANIFEST).read_text())["status"] == stored
+    assert find_run(name, str(work.folder)).manifest.status == ("interrupted" if stored == ENDED_BY_RAY else stored)
+    work.assert_nothing_redone(name)
+    progress = work.progress(name)
+    assert progress < work.total
+
+    elsewhere = start_nodes()
+    elsewhere.add()
+    driver = work.resume(name, *elsewhere.overrides)
+    work.wait_until(lambda: work.progress(name) > progress, name, driver)
+    work.end(name, driver)
+    work.assert_as_unbroken(name)
+    elsewhere.assert_clean()
