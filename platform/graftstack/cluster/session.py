@@ -39,14 +39,14 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
     import ray
     from ray.exceptions import RayError
 
+    is_embedded = cluster.kind is ClusterKind.local
+    if not is_embedded:
+        _check_address(cluster.address)
     if ray.is_initialized():
         yield
         return
     if not verbose:
         quiet_ray()
-    is_embedded = cluster.kind is ClusterKind.local
-    if not is_embedded:
-        _check_address(cluster.address)
     try:
         with _own_signal_handlers():
             # Ray Train's cleaner asks the dashboard for the cluster's state, and floods the log where there is none.
