@@ -45,6 +45,8 @@ images = (task.data.images.batch(rows).float() / 255 - mean) / std
 dataset = TensorDataset(images, torch.from_numpy(task.data.labels[rows]))
 sampler = DistributedSampler(dataset, drop_last=True)
 loader = DataLoader(dataset, batch_size=batch_size // dist.get_world_size(), sampler=sampler, drop_last=True)
+task.model.backbone.freeze(0)  # the recipe decides which groups train, and none does before
+task.model.backbone.pretrained_head.requires_grad_(False)  # has no part in the model
 model = DistributedDataParallel(task.model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(loader))

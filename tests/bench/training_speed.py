@@ -58,6 +58,7 @@ def plain_speed(options: argparse.Namespace, folder: Path) -> float:
     dataset = TensorDataset((images - mean) / std, torch.from_numpy(task.data.labels[rows]))
     loader = DataLoader(dataset, batch_size=options.batch_size, shuffle=True, drop_last=True)
     model = task.model
+    model.backbone.freeze(0)  # the recipe decides which groups train, and none does before
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(loader))
     model.train()
