@@ -17,14 +17,12 @@ from typing import Any, NoReturn
 
 from graftstack import __version__
 from graftstack.config.jobs import JOBS
-from graftstack.errors import BadInputError, GraftstackError
+from graftstack.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, BadInputError, GraftstackError
 
 # What swallows an interrupt, or fails by it in ways of its own: modules half imported, and what reads configurations.
 # All of it is over soon, so a signal that comes amid it waits, and looks again this often.
 _DEAF = {"importlib", "hydra", "omegaconf"}
 _LOOK_AGAIN_S = 0.05
-
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _DESCRIPTION = """\
 graftstack grafts a new head onto a pretrained backbone, on this machine or on a Ray cluster.
@@ -126,7 +124,7 @@ def _submit(options: argparse.Namespace) -> int:
     if options.help:
         from graftstack.report.explain import pods_help
 
-        print(f"{options.usage}\n{pods_help()}")
+        print(f"{options.format_help()}\n{pods_help()}")
         return EXIT_DONE
     if options.check is not None:
         if options.job is not None:
@@ -342,7 +340,7 @@ def _add_submission(commands: Any) -> None:
             "$RAY_ADDRESS, else the one on this machine. Its token is in $RAY_AUTH_TOKEN, or in the file "
             "$RAY_AUTH_TOKEN_PATH",
         )
-    submit.set_defaults(usage=submit.format_help())
+    submit.set_defaults(format_help=submit.format_help)
 
 
 def _add_inspection(commands: Any) -> None:

@@ -7,17 +7,20 @@ Every message is one line that names the rule, the value and the remedy, e.g.
 import difflib
 from collections.abc import Iterable, Sequence
 
+# What the command line ends with: done, the run failed, bad input, interrupted or stopped.
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
 
 class GraftstackError(Exception):
     """Base of all errors meant for the user; `exit_status` is what the command line ends with."""
 
-    exit_status = 1
+    exit_status = EXIT_FAILED
 
 
 class BadInputError(GraftstackError):
     """What the user gave can't be used; nothing was started and nothing was written."""
 
-    exit_status = 2
+    exit_status = EXIT_BAD_INPUT
 
 
 class ConfigError(BadInputError):
@@ -55,7 +58,7 @@ class StorageFullError(StorageError):
 class StorageUnreachableError(StorageError):
     """A place at a URI can't be asked, or refuses. At the start of a job that is bad input."""
 
-    exit_status = 2
+    exit_status = EXIT_BAD_INPUT
 
 
 def did_you_mean(value: str, known: Iterable[str], *, num: int = 3) -> str:

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -99,31 +99,19 @@ class Folder:
         if not self.is_local:
             self._upload(name, writer)
             return
-        self.make()
-        temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
-        try:
+        with self._beside(name) as temporary:
             writer(temporary)
             _flush(temporary)
             temporary.replace(self.path(name))
             _flush(Path(self.location))
-        except OSError as error:
-            raise _explained(error, self.path(name)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def claim(self, name: str, data: bytes) -> None:
         """Puts `data` into the new file `name`; of several processes that try, one succeeds. Raises `RunError`."""
         if self.is_local:
-            self.make()
-            temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
-            try:
+            with self._beside(name) as temporary:
                 _write_bytes(temporary, data)
                 _flush(temporary)
                 _put_new(temporary, Path(self.path(name)))
-            except OSError as error:
-                raise _explained(error, self.path(name)) from error
-            finally:
-                temporary.unlink(missing_ok=True)
         elif not self._remote().put_new(name, data):
             raise RunError(f"{self.path(name)}: exists already; choose another name")
 
@@ -184,6 +172,18 @@ class Folder:
     def for_arrow(self) -> ArrowPlace:
         """Returns the folder for libraries that go by Arrow's file systems, with the access that is used here."""
         return ArrowPlace(None, self.location) if self.is_local else self._remote().for_arrow()
+
+    @contextmanager
+    def _beside(self, name: str) -> Iterator[Path]:
+        """Yields where a file is to be written before it gets its name; nothing is left there after the block."""
+        self.make()
+        temporary = Path(self.location) / f".{name}.{uuid.uuid4().hex}{_UNFINISHED}"
+        try:
+            yield temporary
+        except OSError as error:
+            raise _explained(error, self.path(name)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _upload(self, name: str, writer: Callable[[Path], Any]) -> None:
         """Lets `writer` fill a file without a name, of which a kill leaves nothing, then uploads it."""

@@ -33,6 +33,7 @@ from tests.bench.sweep_peer import problem_of, tune_sweep
 
 from graftstack.cluster.finetune import launch
 from graftstack.cluster.pool import RayPool
+from graftstack.cluster.slots import RaySlots
 from graftstack.cluster.sweep import launch_sweep
 from graftstack.config.compose import compose_job
 from graftstack.report.console import plain_console
@@ -297,7 +298,7 @@ class EmptyRunner:
 
 def slot_s(num: int) -> float:
     """Returns the seconds that `num` units take, one after another, in a slot that is warm."""
-    pool = RayPool(EmptyRunner, num_slots=1, num_cpus=1)
+    pool = RayPool(RaySlots(EmptyRunner, num_slots=lambda: 1, num_cpus=1))
     seconds = seconds_of_units(pool, num)
     pool.close()
     return seconds

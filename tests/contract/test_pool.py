@@ -13,6 +13,7 @@ import pytest
 
 from graftstack.cluster.group_pool import GroupPool
 from graftstack.cluster.pool import RayPool
+from graftstack.cluster.slots import RaySlots
 from graftstack.config.schema import FinetuneConfig
 from graftstack.config.sweep import TapsConfig
 from graftstack.errors import ConfigError, StorageFullError, TrainingError
@@ -104,7 +105,7 @@ def ray_pool(embedded_ray: None, folder: Path) -> Iterator[RayPool]:
 
     # The processes can't import the tests.
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    pool = RayPool(partial(Counting, folder), num_slots=lambda: NUM_SLOTS, num_cpus=1)
+    pool = RayPool(RaySlots(partial(Counting, folder), num_slots=lambda: NUM_SLOTS, num_cpus=1))
     yield pool
     pool.close()
     assert_only(0)
@@ -386,7 +387,7 @@ def test_what_a_call_raises_is_raised(ray_pool: RayPool) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize("use", [lambda pool: pool.call("divided", [[1, 1]]), lambda pool: run_alone(pool, unit(0))])
 def test_what_making_a_runner_raises_is_raised_at_once(ray_pool: RayPool, use: Callable[[RayPool], Any]) -> None:
-    pool = RayPool(refuse, num_slots=lambda: 1, num_cpus=0)
+    pool = RayPool(RaySlots(refuse, num_slots=lambda: 1, num_cpus=0))
     try:
         with pytest.raises(ConfigError, match=r"^data\.path=/nowhere"):
             use(pool)
@@ -397,8 +398,8 @@ def test_what_making_a_runner_raises_is_raised_at_once(ray_pool: RayPool, use: C
 @pytest.mark.ray
 def test_closing_ends_processes_that_work_and_those_that_never_started(ray_pool: RayPool, folder: Path) -> None:
     before = num_actors()
-    pool = RayPool(partial(Counting, folder), num_slots=lambda: 2, num_cpus=0, num_threads=1)
-    wide = RayPool(partial(Counting, folder), num_slots=lambda: 1, num_cpus=1000)
+    pool = RayPool(RaySlots(partial(Counting, folder), num_slots=lambda: 2, num_cpus=0, num_threads=1))
+    wide = RayPool(RaySlots(partial(Counting, folder), num_slots=lambda: 1, num_cpus=1000))
     pool.start(unit(0, sleeps=PATIENCE_S))
     wait_for(pool)
     pool.go_on(unit(0), [0])
@@ -411,7 +412,7 @@ def test_closing_ends_processes_that_work_and_those_that_never_started(ray_pool:
 @pytest.mark.ray
 def test_an_interrupted_sweep_ends_its_processes(ray_pool: RayPool, tmp_path: Path) -> None:
     before = num_actors()
-    pool = RayPool(partial(Counting, tmp_path), num_slots=lambda: 2, num_cpus=0)
+    pool = RayPool(RaySlots(partial(Counting, tmp_path), num_slots=lambda: 2, num_cpus=0))
 
     def interrupt(_: Progress) -> None:
         raise KeyboardInterrupt
@@ -426,7 +427,7 @@ def test_a_pool_grows_with_its_room_once_nobody_is_idle_and_gives_up_what_finds_
     ray_pool: RayPool, folder: Path
 ) -> None:
     room, before = [1], num_actors()
-    pool = RayPool(partial(Counting, folder), num_slots=lambda: room[0], num_cpus=0)
+    pool = RayPool(RaySlots(partial(Counting, folder), num_slots=lambda: room[0], num_cpus=0))
     try:
         wait_until_free(pool, 1)
         room[0] = 2
@@ -448,7 +449,7 @@ def test_a_pool_grows_with_its_room_once_nobody_is_idle_and_gives_up_what_finds_
 
 @pytest.mark.ray
 def test_a_unit_waits_for_a_process_but_not_for_ever(ray_pool: RayPool, folder: Path) -> None:
-    wide = RayPool(partial(Counting, folder), num_slots=lambda: 2, num_cpus=1000, patience_s=2.0)
+    wide = RayPool(RaySlots(partial(Counting, folder), num_slots=lambda: 2, num_cpus=1000, patience_s=2.0))
     try:
         assert wide.num_free == 1
         wide.start(unit(0))
@@ -467,7 +468,7 @@ def die() -> Counting:
 
 @pytest.mark.ray
 def test_processes_that_end_as_they_start_are_not_replaced_for_ever(ray_pool: RayPool) -> None:
-    pool = RayPool(die, num_slots=lambda: 1, num_cpus=0)
+    pool = RayPool(RaySlots(die, num_slots=lambda: 1, num_cpus=0))
     try:
         pool.start(unit(0))
         with pytest.raises(TrainingError, match="5 processes in a row ended as they started; at last: its process"):

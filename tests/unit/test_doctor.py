@@ -13,6 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.cluster.heads import free_port
 from tests.unit.findings import is_fault, is_ok
 
 from graftstack.cli import main
@@ -329,11 +330,6 @@ class TestRayClusters:
     def test_address_of_another_cluster_in_the_environment(self):
         is_ok(clusters.check_ray_address({}))
         is_fault(clusters.check_ray_address({"RAY_ADDRESS": "10.0.0.1:6379"}), "warn", "10.0.0.1:6379", "unset")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class TestToken:

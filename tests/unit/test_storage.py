@@ -16,13 +16,17 @@ from graftstack.errors import RunError, StorageFullError, StorageUnreachableErro
 from graftstack.storage import Folder
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
     """A folder of each kind, which isn't there yet; temporary files of uploads go to an own place."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    yield Folder(tmp_path / "a" / "b" if request.param == "local" else f"memory://{tmp_path.name}/a/b/")
+    if request.param == "local":
+        yield Folder(tmp_path / "a" / "b")
+    else:
+        root = f"memory://{tmp_path.name}" if request.param == "memory" else request.getfixturevalue("s3").uri
+        yield Folder(f"{root}/a/b/")
     assert list(scratch.iterdir()) == []
 
 
@@ -45,9 +49,9 @@ def test_what_is_written_is_read_back(folder: Folder) -> None:
     folder.write("x.json", b"one")
     folder.write("x.json", b"two")
     folder.write("y", b"")
-    assert folder.read("x.json") == b"two"
-    assert folder.read("y") == b""
-    assert folder.names() == ["x.json", "y"]
+    folder.write_with("z", lambda path: path.write_bytes(b"three"))
+    assert [folder.read(name) for name in ("x.json", "y", "z")] == [b"two", b"", b"three"]
+    assert folder.names() == ["x.json", "y", "z"]
     assert folder.exists()
     assert folder.exists("x.json")
 
@@ -56,6 +60,8 @@ def test_what_isnt_there_has_no_names_and_no_content(folder: Folder) -> None:
     assert folder.names() == []
     assert not folder.exists()
     assert not folder.exists("x")
+    folder.remove("x")
+    folder.remove_all()
     with pytest.raises(FileNotFoundError):
         folder.read("x")
 

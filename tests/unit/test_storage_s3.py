@@ -1,4 +1,4 @@
-"""Folders on a server that speaks S3: the same promises, one winner of a claim, and faults in one line."""
+"""Folders on a server that speaks S3, beside what `test_storage` has of all: claims, requests, faults in one line."""
 
 import multiprocessing
 import os
@@ -7,8 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +42,19 @@ def begin_upload(s3: Any, name: str) -> None:
     s3.fs.call_s3("create_multipart_upload", Bucket=s3.bucket, Key=name)
 
 
-# What a folder promises
+@contextmanager
+def held(s3: Any, request: str, work: Callable[..., Any], *args: Any) -> Iterator[Future[Any]]:
+    """Does some work, and holds its first such request on its way for as long as the block takes."""
+    s3.ask(f"hold 1 {request}")
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work, *args)
+        while not s3.ask("held"):
+            time.sleep(0.01)
+        yield doing
+        s3.ask("release")
 
 
-def test_what_is_written_is_read_back(folder: Folder) -> None:
-    folder.write("x.json", b"one")
-    folder.write("x.json", b"two")
-    folder.write("y", b"")
-    folder.write_with("z", lambda path: path.write_bytes(b"three"))
-    assert [folder.read(name) for name in ("x.json", "y", "z")] == [b"two", b"", b"three"]
-    assert folder.names() == ["x.json", "y", "z"]
-    assert folder.exists()
-    assert folder.exists("x.json")
-
-
-def test_what_isnt_there_has_no_names_and_no_content(folder: Folder) -> None:
-    assert folder.names() == []
-    assert not folder.exists()
-    assert not folder.exists("x")
-    folder.remove("x")
-    folder.remove_all()
-    with pytest.raises(FileNotFoundError):
-        folder.read("x")
+# What is there
 
 
 def test_names_are_of_files_and_folders_here_and_no_deeper(s3: Any, folder: Folder) -> None:
@@ -204,27 +196,17 @@ def test_of_two_processes_that_claim_a_name_at_once_one_gets_it(folder: Folder) 
 
 def test_a_claim_whose_answer_gets_lost_is_won_all_the_same(s3: Any, folder: Folder) -> None:
     """What the second attempt meets is the first one's file."""
-    s3.ask("hold 1 PUT .*/x")
-    with ThreadPoolExecutor(1) as pool:
-        claiming = pool.submit(folder.claim, "x", b"mine")
-        while not s3.ask("held"):
-            time.sleep(0.01)
+    with held(s3, "PUT .*/x", folder.claim, "x", b"mine") as claiming:
         s3.fs.pipe_file(f"{s3.bucket}/a/b/x", b"mine")
-        s3.ask("release")
-        claiming.result()
+    claiming.result()
 
 
 def test_a_claim_that_meets_a_file_which_is_removed_at_once_is_lost(s3: Any, folder: Folder) -> None:
     folder.write("x", b"theirs")
-    s3.ask("hold 1 GET .*/x")
-    with ThreadPoolExecutor(1) as pool:
-        claiming = pool.submit(folder.claim, "x", b"mine")
-        while not s3.ask("held"):
-            time.sleep(0.01)
+    with held(s3, "GET .*/x", folder.claim, "x", b"mine") as claiming:
         s3.fs.rm_file(f"{s3.bucket}/a/b/x")
-        s3.ask("release")
-        with pytest.raises(RunError, match=r"/x: exists already; choose another name"):
-            claiming.result()
+    with pytest.raises(RunError, match=r"/x: exists already; choose another name"):
+        claiming.result()
 
 
 def answered(code: str) -> Exception:
@@ -374,13 +356,9 @@ def test_a_server_that_is_gone_is_tried_again_then_named_and_used_again_when_it_
 
 
 def test_a_server_that_is_busy_for_a_while_is_waited_for(s3: Any, folder: Folder) -> None:
-    s3.ask("hold 1 PUT .*/x")
-    with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(folder.write, "x", b"1")
-        while not s3.ask("held"):
-            time.sleep(0.01)
-        s3.ask("release")
-        writing.result()
+    with held(s3, "PUT .*/x", folder.write, "x", b"1") as writing:
+        pass
+    writing.result()
     assert folder.read("x") == b"1"
     assert [request.partition("?")[0] for request in s3.requests()].count(f"PUT {s3.bucket}/a/b/x") == 2
 

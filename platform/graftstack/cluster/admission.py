@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from graftstack.cluster.autoscaler import is_hopeless, may_grow
 from graftstack.cluster.patience import Patience, needed_by
-from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, what_there_is
+from graftstack.cluster.resources import check_nodes, check_resources, cluster_resources, needs_of, what_there_is
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import ConfigError
 
@@ -44,15 +44,21 @@ def admit(
         ConfigError: the cluster will never hold the least number of workers.
         TrainingError: it had no room for `cluster.max_wait_s`.
     """
-    if cluster.kind is not ClusterKind.ray or not _may_grow():
-        if cluster.kind is ClusterKind.ray:
-            _await_nodes(cluster, say)
-        check_resources(cluster, cluster_resources(cluster))
-        check_nodes(cluster, num_cpus)
-    if cluster.kind is ClusterKind.ray:
-        num = cluster.min_workers if at_once is None else at_once
-        with _placed(cluster, num, num_cpus) as group:
-            _await_room(group, cluster, needed_by(cluster, num, num_cpus), say)
+    if cluster.kind is not ClusterKind.ray:  # one that is ours alone neither grows nor is full
+        _check(cluster, num_cpus)
+        return
+    if not _may_grow():
+        _await_nodes(cluster, say)
+        _check(cluster, num_cpus)
+    num = cluster.min_workers if at_once is None else at_once
+    with _placed(cluster, num, num_cpus) as group:
+        _await_room(group, cluster, needed_by(cluster, num, num_cpus), say)
+
+
+def _check(cluster: ClusterConfig, num_cpus: int) -> None:
+    """Raises `ConfigError` if the nodes there are don't hold the least number of workers."""
+    check_resources(cluster, cluster_resources(cluster))
+    check_nodes(cluster, num_cpus)
 
 
 def _may_grow() -> bool:
@@ -81,8 +87,7 @@ def _placed(cluster: ClusterConfig, num_workers: int, num_cpus: int) -> "Iterato
     """Asks for room for workers, which an autoscaler sees, and lets go of it in the end."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
-    group = placement_group([{"CPU": num_cpus, **gpus}] * num_workers, strategy="PACK")
+    group = placement_group([needs_of(cluster, num_cpus)] * num_workers, strategy="PACK")
     try:
         yield group
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 from graftstack.cluster.references import done, result_of
 from graftstack.cluster.slots import RaySlots, Slot, why
 from graftstack.errors import StorageError, TrainingError
-from graftstack.sweep.trials import EpochEnd, Event, Runner, Unit, UnitEnd, UnitLost
+from graftstack.sweep.trials import EpochEnd, Event, Unit, UnitEnd, UnitLost
 
 # How often a call may lose its process before its caller is told.
 _MAX_CALL_LOSSES = 2
@@ -23,38 +23,11 @@ class RayPool:
     whose runner raises, is replaced by a fresh one; `close` ends them all.
 
     Args:
-        make_runner: Called once in each process; it is pickled.
-        num_slots: Returns how many processes there are to be now, at most as many as the cluster can hold. Asked often.
-        num_cpus: CPUs that each reserves.
-        num_gpus: GPUs that each reserves; several processes share one of which each has a fraction.
-        num_threads: Threads of torch in each; None: torch stays as it is, and isn't imported for it.
-        patience_s: How long it goes on where the cluster has no room for a single process.
-        say: Is told of that wait.
-        verbose: Whether Ray's own loggers speak in the processes.
+        slots: The processes, which are the pool's from now on.
     """
 
-    def __init__(
-        self,
-        make_runner: Callable[[], Runner],
-        *,
-        num_slots: Callable[[], int],
-        num_cpus: int,
-        num_gpus: float = 0.0,
-        num_threads: int | None = None,
-        patience_s: float = 300.0,
-        say: Callable[[str], None] = lambda _: None,
-        verbose: bool = False,
-    ) -> None:
-        self._slots = RaySlots(
-            make_runner,
-            num_slots=num_slots,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            num_threads=num_threads,
-            patience_s=patience_s,
-            say=say,
-            verbose=verbose,
-        )
+    def __init__(self, slots: RaySlots) -> None:
+        self._slots = slots
         self._waiting: deque[Unit] = deque()
         """Units for which no process is there."""
         self._held: dict[str, Unit] = {}

@@ -76,24 +76,24 @@ def node_slots(cluster: ClusterConfig, num_cpus: int) -> int:
     for node in ray.nodes():
         if node["Alive"]:
             has = node["Resources"]
-            slots += _num_held(has.get("CPU", 0), has.get("GPU", 0), num_cpus, num_gpus)
+            slots += num_held(has.get("CPU", 0), has.get("GPU", 0), num_cpus, num_gpus)
     return min(slots, most_workers(cluster, num_cpus))
+
+
+def needs_of(cluster: ClusterConfig, num_cpus: int) -> dict[str, float]:
+    """Returns what a worker of so many CPUs takes, as Ray has it."""
+    return {"CPU": num_cpus, **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})}
 
 
 def most_workers(cluster: ClusterConfig, num_cpus: int) -> int:
     """Returns how many workers of so many CPUs a job may have, however large the cluster is."""
-    return _num_held(cluster.max_cpus, cluster.max_gpus, num_cpus, cluster.gpus_per_worker)
+    return num_held(cluster.max_cpus, cluster.max_gpus, num_cpus, cluster.gpus_per_worker)
 
 
-def gpu_slots(num_gpus: float, per_worker: float) -> int:
-    """Returns how many workers so many GPUs hold, of which each takes one or a fraction."""
-    return math.floor(num_gpus / per_worker + _TINY)
-
-
-def _num_held(cpus: float | None, gpus: float | None, num_cpus: int, num_gpus: float) -> int:
+def num_held(cpus: float | None, gpus: float | None, num_cpus: int, num_gpus: float) -> int:
     """Returns how many workers so many CPUs and GPUs hold; None is no limit."""
     per_cpu = sys.maxsize if cpus is None else int(cpus // num_cpus)
-    per_gpu = sys.maxsize if gpus is None or not num_gpus else gpu_slots(gpus, num_gpus)
+    per_gpu = sys.maxsize if gpus is None or not num_gpus else math.floor(gpus / num_gpus + _TINY)
     return min(per_cpu, per_gpu)
 
 

@@ -4,11 +4,11 @@ import logging
 import os
 import re
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from graftstack.cluster.listening import check_listens, listens
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import ConfigError, TrainingError
 from graftstack.machine import usable_cpus
@@ -70,7 +70,7 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
     try:
         yield
     except (RayError, OSError, TrainingError) as error:  # whatever is met first
-        if is_embedded or _answers(gcs_address):
+        if is_embedded or listens(gcs_address, within_s=_PROBE_TIMEOUT_S):
             raise
         raise TrainingError(
             f"cluster.address={cluster.address}: the cluster is gone ({reason(error)}); go on in another one with "
@@ -95,20 +95,6 @@ def _own_signal_handlers() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _answers(address: str) -> bool:
-    try:
-        _connect(address)
-    except OSError:
-        return False
-    return True
-
-
-def _connect(address: str) -> None:
-    """Raises `OSError` where nobody listens."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=_PROBE_TIMEOUT_S).close()
-
-
 def _check_address(address: str) -> None:
     """Raises `ConfigError` at once where nobody listens; Ray would try for minutes."""
     if address.startswith("ray://"):
@@ -119,8 +105,8 @@ def _check_address(address: str) -> None:
     if not re.search(r":\d+$", address):
         return
     try:
-        _connect(address)
-    except (OSError, OverflowError) as error:
+        check_listens(address, within_s=_PROBE_TIMEOUT_S)
+    except OSError as error:
         raise _no_cluster(address, reason(error)) from error
 
 

@@ -83,11 +83,11 @@ class RaySlots:
         *,
         num_slots: Callable[[], int],
         num_cpus: int,
-        num_gpus: float,
-        num_threads: int | None,
-        patience_s: float,
-        say: Callable[[str], None],
-        verbose: bool,
+        num_gpus: float = 0.0,
+        num_threads: int | None = None,
+        patience_s: float = 300.0,
+        say: Callable[[str], None] = lambda _: None,
+        verbose: bool = False,
     ) -> None:
         import ray
 

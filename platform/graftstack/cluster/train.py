@@ -12,7 +12,7 @@ import torch
 
 from graftstack.cluster.admission import admit
 from graftstack.cluster.patience import Patience, needed_by
-from graftstack.cluster.resources import cpus_per_worker, most_workers, node_slots
+from graftstack.cluster.resources import cpus_per_worker, most_workers, needs_of, node_slots
 from graftstack.cluster.session import quiet_ray, ray_session
 from graftstack.cluster.worker import RayWorker
 from graftstack.config.schema import ClusterConfig, FinetuneConfig
@@ -137,10 +137,7 @@ def train_in_group(
         scaling_config=ScalingConfig(
             num_workers=most if cluster.min_workers == most else (cluster.min_workers, most),
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": num_cpus,
-                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-            },
+            resources_per_worker=needs_of(cluster, num_cpus),
         ),
         run_config=RunConfig(
             # Ray resumes a name it has seen from its own records; ours are the only truth, so each fit is new.

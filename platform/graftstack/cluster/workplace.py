@@ -7,10 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from graftstack.cluster.autoscaler import num_ahead
-from graftstack.cluster.resources import cluster_resources, cpus_per_worker, gpu_slots, most_workers, node_slots
+from graftstack.cluster.resources import (
+    cluster_resources,
+    cpus_per_worker,
+    machine_resources,
+    most_workers,
+    node_slots,
+    num_held,
+)
 from graftstack.config.schema import ClusterKind
 from graftstack.config.sweep import SweepConfig
-from graftstack.machine import usable_cpus
 from graftstack.storage import Folder
 from graftstack.sweep.trials import Pool
 
@@ -130,11 +136,12 @@ def _processes(
 ) -> Workplace:
     from graftstack.cluster.pool import RayPool
     from graftstack.cluster.session import ray_session
+    from graftstack.cluster.slots import RaySlots
     from graftstack.sweep.runner import TrialRunner
 
     stack.enter_context(ray_session(config.cluster, verbose=verbose))
     slots = _cluster_slots(config, plan)
-    pool = RayPool(
+    processes = RaySlots(
         partial(TrialRunner, settings),
         num_slots=lambda: _num_now(slots, config, plan),
         num_cpus=slots.num_cpus,
@@ -144,6 +151,7 @@ def _processes(
         say=say,
         verbose=verbose,
     )
+    pool = RayPool(processes)
     stack.callback(pool.close)
 
     make_here = _make_here(settings, workbench)
@@ -185,15 +193,10 @@ def _groups(
 
 
 def _local_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:
-    from torch.cuda import device_count
-
-    cluster = config.cluster
-    num_cpus = cluster.cpus_of(usable_cpus())
-    num = num_cpus // (cluster.cpus_per_worker or 1)
-    if cluster.gpus_per_worker:
-        num = min(num, gpu_slots(device_count(), cluster.gpus_per_worker))
+    cluster, there = config.cluster, machine_resources(config.cluster)
+    num = num_held(there.num_cpus, there.num_gpus, cluster.cpus_per_worker or 1, cluster.gpus_per_worker)
     num = _limited(num, config, plan)
-    return Slots(num, cluster.cpus_per_worker or max(1, num_cpus // num))
+    return Slots(num, cluster.cpus_per_worker or max(1, there.num_cpus // num))
 
 
 def _cluster_slots(config: SweepConfig, plan: "SweepPlan") -> Slots:

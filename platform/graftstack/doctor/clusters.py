@@ -1,12 +1,12 @@
 """Ray on this machine, judged from metadata, files and the environment: only cluster/ imports it."""
 
-import socket
 from collections.abc import Collection, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
 from graftstack.cluster.job_address import TOKEN_FILE_VARIABLE, find_token
+from graftstack.cluster.listening import listens
 from graftstack.doctor.finding import Finding
 from graftstack.doctor.packages import find_package
 
@@ -53,7 +53,7 @@ def last_cluster(file: Path) -> LastCluster:
         address = file.read_text().strip()
     except OSError:
         address = ""
-    return LastCluster(file, address, bool(address) and _answers(address))
+    return LastCluster(file, address, bool(address) and listens(address, within_s=_ANSWER_WITHIN_S))
 
 
 def check_ray_clusters(running: Collection[str], last: LastCluster) -> Finding:
@@ -114,12 +114,3 @@ def check_token(environ: Mapping[str, str], home: Path) -> Finding:
         fix = "ray get-auth-token --generate makes one; for a cluster that is there, put its token in RAY_AUTH_TOKEN"
         return Finding("token", "broken", "RAY_AUTH_MODE=token, and there is none", fix)
     return Finding("token", "ok", f"in {found.place}" if found.token else "none, and none is asked for here")
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_WITHIN_S):
-            return True
-    except (OSError, ValueError, OverflowError):
-        return False

@@ -18,7 +18,7 @@ from graftstack.cluster.sweep import launch_sweep, plan_sweep
 from graftstack.config.k8s import k8s_config
 from graftstack.config.schema import ClusterKind
 from graftstack.config.spec import Spec, from_bytes
-from graftstack.errors import BadInputError
+from graftstack.errors import EXIT_DONE, BadInputError
 from graftstack.report import meta_tables, stack_tables, sweep_tables, tables
 from graftstack.report.composing import Composed, composed
 from graftstack.report.console import plain_console
@@ -27,8 +27,6 @@ from graftstack.report.progress import job_display
 from graftstack.report.stack_progress import stack_display
 from graftstack.report.sweep_progress import sweep_display
 from graftstack.runs import Run
-
-EXIT_DONE = 0
 
 
 class _Asked(NamedTuple):

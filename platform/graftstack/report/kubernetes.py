@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from graftstack.config.k8s import K8sConfig, k8s_config
+from graftstack.errors import EXIT_BAD_INPUT, EXIT_DONE
 from graftstack.report.composing import Composed, composed
 from graftstack.report.submitting import say
 from graftstack.submit import kubernetes
 from graftstack.submit.kube_api import Place
 from graftstack.submit.rules import check_file
 from graftstack.submit.submissions import spec_on_cluster
-
-EXIT_DONE, EXIT_BAD_INPUT = 0, 2
 
 
 def submit_job(job: str, overrides: Sequence[str], *, dry_run: str | None, follows: bool) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 from graftstack.amounts import size
 from graftstack.cluster.submission import FAILED, STOPPED, JobServer, Submission, UnreachableError
 from graftstack.config.spec import to_bytes
-from graftstack.errors import BadInputError, GraftstackError, did_you_mean
+from graftstack.errors import EXIT_DONE, BadInputError, GraftstackError, did_you_mean
 from graftstack.report import tables
 from graftstack.report.composing import composed
 from graftstack.report.console import plain_console
@@ -32,8 +32,6 @@ from graftstack.submit.submissions import (
     request,
     spec_on_cluster,
 )
-
-EXIT_DONE = 0
 
 # How long `stop` waits for the end of a job, and how often it looks, in seconds. Ray kills after three.
 _STOPPED_WITHIN_S = 20.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from graftstack.cluster.submission import FAILED, STOPPED, Submission, UnreachableError
-from graftstack.errors import GraftstackError
+from graftstack.errors import EXIT_FAILED, EXIT_INTERRUPTED, GraftstackError
 
 # How long a cluster may not be reached before following ends, and how often it is tried until then, in seconds.
 _PATIENCE_S = 120.0
@@ -13,8 +13,6 @@ _TRY_EVERY_S = 1.0
 
 # How long to wait before a stream is opened again; longer if the one before brought nothing new.
 _REOPEN_S = (0.2, 10.0)
-
-EXIT_FAILED, EXIT_STOPPED = 1, 130
 
 
 class Source(Protocol):
@@ -87,7 +85,7 @@ def follow(
 def exit_status(submission: Submission) -> int:
     """Returns what a submission that is over ended with: the exit status of its job, and 130 if it was stopped."""
     if submission.status == STOPPED:
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
     code = submission.exit_code or 0
     if submission.status == FAILED and code == 0:  # it never came to run, or was lost
         return EXIT_FAILED

@@ -6,10 +6,10 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from graftstack.config.kubernetes_syntax import quantity
+from graftstack.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED
 
 Manifest = dict[str, Any]
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 # The image isn't there, and the node has tried more than once or needs no trying.
 _NO_IMAGE = {"ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}

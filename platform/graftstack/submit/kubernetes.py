@@ -9,10 +9,10 @@ from typing import Any
 
 from graftstack.config.k8s import K8sConfig
 from graftstack.config.spec import Spec
-from graftstack.errors import BadInputError, ConfigError
+from graftstack.errors import EXIT_DONE, EXIT_INTERRUPTED, BadInputError, ConfigError
 from graftstack.submit.kube_api import KubeApi, Manifest, Place, RefusedError, UnreachableError, connect, explained
 from graftstack.submit.kube_logs import LogReader
-from graftstack.submit.kube_states import EXIT_DONE, EXIT_INTERRUPTED, Phase, Reason, end, phase, reasons, retries
+from graftstack.submit.kube_states import Phase, Reason, end, phase, reasons, retries
 from graftstack.submit.manifest import to_manifest
 from graftstack.submit.render import PART_OF, RUN_ANNOTATION, RUN_LABEL, SPEC_ANNOTATION, Rendered, notes, render
 from graftstack.submit.rules import check
