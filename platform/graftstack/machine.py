@@ -89,8 +89,9 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees for what it allocates next, until its end.
 
     A step of training frees its activations, and the next allocates as many. glibc gives large blocks back to the
-    system each time, which then hands out zeroed pages, a fault for each: nearly half of the CPU time of small
-    networks. Other C libraries have no such settings, and are left alone.
+    system each time, which then hands out zeroed pages with a fault for each: 15 to 45 % of the time of steps on CPUs
+    (cifar_resnet20 at 32 pixels, resnet18 and resnet50 at 224, conv4 at 84). Other C libraries have no such settings,
+    and are left alone.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -31,12 +31,14 @@ import sys, time
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from graftstack.backbones import registry
 from graftstack.config.compose import compose_job
 from graftstack.finetune.task import prepare
 
 first, batch_size, *overrides = sys.argv[1:]
 first, batch_size = int(first), int(batch_size)
 torch.set_num_threads(1)
+registry.keep_freed_memory = lambda: None  # memory is as torch has it where nobody sets anything
 dist.init_process_group("gloo")
 task = prepare(compose_job("finetune", overrides))
 rows = task.data.splits.train

@@ -61,11 +61,9 @@ def train(config: FinetuneConfig, folder: str) -> None:
 
 
 def train_heads(config: FinetuneConfig, folder: str) -> None:
-    """64 of 16,384 features, in a process that keeps what it frees, as that of a pool."""
-    from graftstack.machine import keep_freed_memory
+    """64 of 16,384 features."""
     from graftstack.sweep.fused import FusedTraining
 
-    keep_freed_memory()
     tasks = wide_tasks(config, num_heads=64, num_features=16_384, num_val=64)
     fused = FusedTraining(tasks, torch.device("cpu"), Folder(folder))
     for _ in fused.epochs():

@@ -23,6 +23,7 @@ from graftstack.backbones.families import (
     vit,
 )
 from graftstack.errors import ConfigError
+from graftstack.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +79,9 @@ FAMILIES: Final[dict[str, Family]] = {
 def build(name: str, *, num_classes: int | None = None, image_size: int | None = None) -> Backbone:
     """A backbone with random weights from torch's current random stream.
 
+    It is there for many batches, each of which takes as much memory as the one before: from now on this process keeps
+    what it frees (`machine.keep_freed_memory`).
+
     Args:
         name: A name of the catalog, or `timm/NAME`.
         num_classes: Outputs of the model's own head; default: the family's own number.
@@ -87,6 +91,7 @@ def build(name: str, *, num_classes: int | None = None, image_size: int | None =
         ConfigError: The name is unknown, or needs timm and timm is missing.
     """
     family = FAMILIES[family_of(name)]
+    keep_freed_memory()
     arguments = {}
     if family.takes_image_size and image_size is not None:
         arguments["image_size"] = image_size

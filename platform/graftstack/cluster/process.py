@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 from graftstack.cluster.session import quiet_ray
-from graftstack.machine import keep_freed_memory
 
 
 class RunnerProcess:
@@ -24,7 +23,6 @@ class RunnerProcess:
             import torch
 
             torch.set_num_threads(num_threads)
-        keep_freed_memory()
         self._make_runner = make_runner
 
     @cached_property

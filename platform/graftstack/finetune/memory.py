@@ -41,13 +41,10 @@ PROCESS_BYTES = 1152 * MIB
 CUDA_HOST_BYTES, CUDA_DEVICE_BYTES = 2 * GIB, 1 * GIB
 
 # Resident memory that a step took for what its tensors hold, measured on CPUs with 1 and 2 threads: oneDNN keeps copies
-# in layouts of its own, and glibc leaves gaps. 1.2 to 1.65 times as much (resnet18, resnet50, mobilenet_v2, vit_b_16,
-# cifar_resnet20, conv4; fp32 and bf16).
-_HEAP_FACTOR = 1.75
-
-# Where freed memory is kept (`machine.keep_freed_memory`) the gaps are as large as the largest tensors: conv4, which
-# has few and large ones, took 3 times as much as they hold, mobilenet_v2 1.5 times.
-_KEPT_FACTOR, _KEPT_LARGEST = 2.0, 4.0
+# in layouts of its own, and glibc, which keeps what is freed (`machine.keep_freed_memory`), leaves gaps as large as the
+# largest tensors. conv4, which has few and large ones, took 2.1 to 3 times as much as they hold, resnet18 1.7 to 2
+# times, resnet50, mobilenet_v2 and densenet121 1.2 to 1.5 times.
+_HEAP_FACTOR, _HEAP_LARGEST = 2.0, 4.0
 
 # CUDA's allocator hands out blocks of a few sizes.
 DEVICE_FACTOR = 1.25
@@ -114,7 +111,6 @@ def training_memory(
     facts: DataFacts | None = None,
     *,
     size_of: SizeOf = assumed_image_size,
-    keeps_freed: bool = False,
 ) -> JobMemory:
     """Returns what the workers of a training need, and its driver, which prepares and trains nothing.
 
@@ -122,7 +118,6 @@ def training_memory(
         config: The training; a group that shrinks gives most images to each worker when it is smallest.
         facts: Of its data; None: as `assumed_facts` has them.
         size_of: Says how large images are.
-        keeps_freed: Whether its process keeps the memory that it frees (`machine.keep_freed_memory`).
 
     Raises:
         ConfigError, WeightsError: there is no such backbone, freeze depth or size of images.
@@ -150,7 +145,7 @@ def training_memory(
         # On their way to and from the device, tensors are here too.
         host = common + CUDA_HOST_BYTES + checkpoint + trained + optimizer + 2 * batches
         return JobMemory(host, CUDA_DEVICE_BYTES + math.ceil(DEVICE_FACTOR * tensors), driver)
-    heap = max(heap_bytes(part, keeps_freed=keeps_freed) for part in passes)
+    heap = max(heap_bytes(part) for part in passes)
     return JobMemory(common + optimizer + copies + heap + checkpoint + batches, None, driver)
 
 
@@ -192,11 +187,9 @@ def shape_of(config: FinetuneConfig, facts: DataFacts, image_size: int) -> PassS
     )
 
 
-def heap_bytes(part: PassBytes, *, keeps_freed: bool = False) -> int:
+def heap_bytes(part: PassBytes) -> int:
     """Returns the resident memory of a process that what comes and goes takes, gaps and copies of kernels included."""
-    if keeps_freed:
-        return math.ceil(_KEPT_FACTOR * part.peak_bytes + _KEPT_LARGEST * part.largest_bytes)
-    return math.ceil(_HEAP_FACTOR * part.peak_bytes)
+    return math.ceil(_HEAP_FACTOR * part.peak_bytes + _HEAP_LARGEST * part.largest_bytes)
 
 
 @cache

@@ -3,16 +3,15 @@
 import torch
 
 from graftstack.config.meta import MetaConfig
-from graftstack.machine import keep_freed_memory, usable_cpus
+from graftstack.machine import usable_cpus
 from graftstack.meta.crew import InlineCrew
 from graftstack.meta.runner import EpisodeRunner, RunnerSettings
 from graftstack.meta.task import MetaTask
 
 
 def inline_crew(task: MetaTask) -> InlineCrew:
-    """Returns a crew of this process alone, whose threads and memory are set for it, and stay so."""
+    """Returns a crew of this process alone, whose threads are set for it, and stay so."""
     torch.set_num_threads(task.config.num_threads(task.config.cluster.cpus_of(usable_cpus())))
-    keep_freed_memory()
     settings = RunnerSettings(
         config=task.config,
         classes=task.classes,

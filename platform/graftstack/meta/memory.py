@@ -78,7 +78,7 @@ def meta_memory(config: MetaConfig, facts: DataFacts | None = None, *, image_siz
         num_images = max(_num_images(shape) for shape in (training_shape(config), *table_shapes(config)))
         batch = 4 * 4 * num_images * 3 * size**2  # as floats, in both layouts, this one and the next
         return JobMemory(own + CUDA_HOST_BYTES + batch, device, driver)
-    return JobMemory(own + max(heap_bytes(part, keeps_freed=True) for part in passes), None, driver)
+    return JobMemory(own + max(heap_bytes(part) for part in passes), None, driver)
 
 
 def _training(config: MetaConfig, facts: DataFacts, size: int) -> PassBytes:

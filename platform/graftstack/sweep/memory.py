@@ -92,11 +92,9 @@ def sweep_memory(
         ConfigError, WeightsError: a trial can't be.
     """
     facts = facts or assumed_facts(config)
-    # Where a trial has one worker, its process trains many, and keeps what each of them frees.
-    keeps_freed = config.cluster.max_workers == 1
     worker = driver = device = 0
     for trial in largest_trials(config):
-        alone = training_memory(trial, facts, size_of=size_of, keeps_freed=keeps_freed)
+        alone = training_memory(trial, facts, size_of=size_of)
         more = _shared_bytes(config, trial, facts, size_of(trial))
         worker = max(worker, alone.worker_bytes + more)
         device = max(device, alone.device_bytes + more if alone.device_bytes else 0)
