@@ -11,12 +11,12 @@ from graftstack.runs import MANIFEST, find_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-# A crew's driver asks a process of its cluster for something all the time, misses it and says so. Others wait for
-# answers that never come, and Ray itself ends them after a minute in which it has tried to connect again.
-TOLD, ENDED_BY_RAY = "failed", "running"
+# What manifests are left with. A crew's driver asks a process of its cluster for something all the time, and misses it;
+# others wait inside Ray for answers that never come, and end as they are.
+SAID, LEFT = "failed", "running"
 
-# How long a driver may take to end, in seconds.
-MOST_S = 120
+# How long a driver may take to end, in seconds: Ray would end it then, without a word of ours.
+MOST_S = 60
 
 
 def assert_told(said: str, address: str) -> None:
@@ -26,14 +26,7 @@ def assert_told(said: str, address: str) -> None:
     assert last.endswith("); go on in another one with resume=true and its cluster.address"), said
 
 
-def assert_ended_by_ray(said: str) -> None:
-    last = said.splitlines()[-1]
-    assert "Failed to connect to GCS within 60 seconds" in last, said
-
-
-@pytest.mark.parametrize(
-    ("job", "stored"), [("finetune", ENDED_BY_RAY), ("sweep", ENDED_BY_RAY), ("stack", ENDED_BY_RAY), ("meta", TOLD)]
-)
+@pytest.mark.parametrize(("job", "stored"), [("finetune", LEFT), ("sweep", LEFT), ("stack", LEFT), ("meta", SAID)])
 def test_a_job_whose_head_is_lost_goes_on_in_another_cluster(
     job: str, stored: str, work_of: Callable[[str], Any], start_nodes: Callable[[], Any]
 ) -> None:
@@ -49,12 +42,9 @@ def test_a_job_whose_head_is_lost_goes_on_in_another_cluster(
     lost_at = time.monotonic()
     assert driver.wait(MOST_S) == 1
     print(f"{job}: ended {time.monotonic() - lost_at:.0f} s after its head")
-    if stored == TOLD:
-        assert_told(work.said(name).strip(), address)
-    else:
-        assert_ended_by_ray(work.said(name).strip())
+    assert_told(work.said(name).strip(), address)
     assert json.loads((work.folder / name / MANIFEST).read_text())["status"] == stored
-    assert find_run(name, str(work.folder)).manifest.status == ("interrupted" if stored == ENDED_BY_RAY else stored)
+    assert find_run(name, str(work.folder)).manifest.status == ("interrupted" if stored == LEFT else stored)
     work.assert_nothing_redone(name)
     progress = work.progress(name)
     assert progress < work.total

@@ -3,7 +3,6 @@
 import logging
 import re
 import shlex
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +10,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event, Thread, main_thread
+from threading import Event, Thread
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from graftstack.backbones.catalog import require_known
+from graftstack.cluster.interrupting import interrupt_main
 from graftstack.config.base_models import RUN_PREFIX, with_places
 from graftstack.config.compose import quoted
 from graftstack.config.meta import MetaConfig
@@ -238,7 +238,7 @@ def beating(run: Run) -> Iterator[None]:
                 run.beat()
             except TrainingError as error:
                 taken.append(error)
-                _interrupt()
+                interrupt_main()
                 return
             except (GraftstackError, OSError) as error:  # whoever has something to write finds out too
                 log.debug("%s: no sign of life (%s)", run.folder.location, error)
@@ -258,14 +258,6 @@ def beating(run: Run) -> Iterator[None]:
         raise
     if taken:
         raise taken[0]
-
-
-def _interrupt() -> None:
-    """Interrupts the main thread as Ctrl-C does, unless it is deaf to that."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have put this process in the background
-        if callable(signal.getsignal(number)):
-            signal.pthread_kill(main_thread().ident or 0, number)
-            return
 
 
 def _default_name(job: str) -> str:

@@ -6,11 +6,12 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from graftstack.cluster.listening import check_listens, listens
+from graftstack.cluster.listening import check_listens
+from graftstack.cluster.lost_head import minding_head
 from graftstack.config.schema import ClusterConfig, ClusterKind
-from graftstack.errors import ConfigError, TrainingError
+from graftstack.errors import ConfigError
 from graftstack.machine import usable_cpus
 from graftstack.reason import reason
 
@@ -33,6 +34,7 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
 
     Raises:
         ConfigError: no cluster answers at `cluster.address`.
+        TrainingError: the cluster lost its head amid the block.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -66,18 +68,11 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
                 "cluster=inline"
             ) from error
         raise _no_cluster(cluster.address, reason(error)) from error
-    gcs_address = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    except (RayError, OSError, TrainingError) as error:  # whatever is met first
-        if is_embedded or listens(gcs_address, within_s=_PROBE_TIMEOUT_S):
-            raise
-        raise TrainingError(
-            f"cluster.address={cluster.address}: the cluster is gone ({reason(error)}); go on in another one with "
-            "resume=true and its cluster.address"
-        ) from error
-    finally:
-        ray.shutdown()
+    with nullcontext() if is_embedded else minding_head(cluster, ray.get_runtime_context().gcs_address):
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

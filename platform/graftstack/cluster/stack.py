@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from graftstack.cluster.admission import admit
 from graftstack.cluster.executor import connect
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import beating, check, open_run
+from graftstack.cluster.session import ray_session
 from graftstack.cluster.trained import trained_bases, trained_runs
 from graftstack.config.schema import ClusterKind
 from graftstack.config.stack import StackConfig
@@ -131,10 +132,10 @@ def _time_left(config: StackConfig, began: float) -> float | None:
 @contextmanager
 def _executor(config: StackConfig, display: StackDisplay, *, verbose: bool) -> Iterator[Executor]:
     """Opens what runs the tasks, for the block, once there is room for one."""
-    executor = connect(config.max_slots, cluster=config.cluster, verbose=verbose)
-    try:
+    with ExitStack() as stack:
         if config.cluster.kind is ClusterKind.ray:
+            stack.enter_context(ray_session(config.cluster, verbose=verbose))
             admit(config.cluster, num_cpus=config.cluster.cpus_per_worker or 1, say=display.say)
+        executor = connect(config.max_slots, cluster=config.cluster, verbose=verbose)
+        stack.callback(executor.close)
         yield executor
-    finally:
-        executor.close()
