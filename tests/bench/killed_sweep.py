@@ -2,8 +2,9 @@
 
     python -m tests.bench.killed_sweep [--num-trials 1000] [--cluster local] [--epochs 1]
 
-Both run from the command line to the end; the killed one is started again with ``resume=true``. It counts the trials
-that were lost or trained twice, compares all metrics, and prints what the kills cost in time.
+Both run from the command line to the end, on digits in a Parquet file; the killed one is started again with
+``resume=true``. It counts the trials that were lost or trained twice, compares all metrics, and prints what the kills
+cost in time.
 """
 
 import argparse
@@ -14,9 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from tests.bench.measuring import Table, load_average, timed
 
+from graftstack.config.schema import DataConfig
+from graftstack.data.sources import digits
 from graftstack.runs import find_run
+
+DATA = "digits.parquet"
 
 # The driver is killed when so much of the trials is over.
 _KILLED_AT = (1 / 3, 2 / 3)
@@ -32,7 +38,8 @@ def beginning(options: argparse.Namespace, runs_dir: Path, name: str) -> list[st
     rates = ",".join(f"{1e-4 * 1.005**number:.6g}" for number in range(options.num_trials))
     return [
         *(sys.executable, "-m", "graftstack", "sweep", f"name={name}", f"runs_dir={runs_dir}"),
-        *("data=digits", "data.image_size=24", "backbone=conv4", f"epochs={options.epochs}", "batch_size=64"),
+        *("data=parquet", f"data.path={runs_dir / DATA}", "data.image=image", "data.image_size=24"),
+        *("backbone=conv4", f"epochs={options.epochs}", "batch_size=64"),
         *(f"cluster={options.cluster}", "cluster.cpus_per_worker=1", "freeze_depth=3", f"space.lr=[{rates}]"),
         f"data.cache_dir={runs_dir}/{name}-cache",
     ]
@@ -89,6 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         runs_dir = Path(name)
         log = runs_dir / "log.txt"
+        pq.write_table(digits.read(DataConfig()), runs_dir / DATA)
         unbroken = timed(lambda: run(beginning(options, runs_dir, "unbroken"), log))
         table.row("unbroken", f"{unbroken.seconds:.1f} s")
         killed = timed(lambda: run_killed(options, runs_dir, log))
