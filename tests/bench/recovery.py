@@ -20,6 +20,8 @@ from graftstack.runs import PROGRESS
 
 NUM_KILLS = 3
 
+_LOOK_EVERY_S = 0.05
+
 # Two processes each.
 PLACES = {
     "finetune": ("cluster.num_workers=2", "cluster.max_failures=9"),
@@ -34,8 +36,8 @@ class Recovery(NamedTuple):
     """Seconds after a kill."""
 
     until_more_s: float
-    until_both_s: float
-    """The same for a group, which goes on as a whole."""
+    until_both_s: float | None
+    """The same for a group, which goes on as a whole; None: the job was over before."""
 
 
 def measure(work: Work) -> list[Recovery]:
@@ -43,8 +45,11 @@ def measure(work: Work) -> list[Recovery]:
     name = "killed"
     driver = work.begin(name, "cluster=local", *PLACES[work.job])
 
+    def is_over() -> bool:
+        return driver.poll() is not None
+
     def busy() -> list[psutil.Process]:
-        return titled(psutil.Process(driver.pid), work.busy)
+        return [] if is_over() else titled(psutil.Process(driver.pid), work.busy)
 
     def wait_until(condition: Callable[[], bool]) -> float:
         work.wait_until(condition, name, driver)
@@ -63,11 +68,13 @@ def measure(work: Work) -> list[Recovery]:
                 continue
             wait_until(lambda victim=victims[0]: not is_alive(victim))  # type: ignore[misc]
             more_at = both_at = 0.0
-            while not (more_at and both_at):
-                now = wait_until(lambda before=before: work.progress(name) > before or len(busy()) == 2)  # type: ignore[misc]
+            while not more_at or not (both_at or is_over()):
+                assert more_at or not is_over(), work.said(name)
+                time.sleep(_LOOK_EVERY_S)
+                now = time.monotonic()
                 more_at = more_at or (now if work.progress(name) > before else 0.0)
                 both_at = both_at or (now if len(busy()) == 2 else 0.0)
-            found.append(Recovery(more_at - began, both_at - began))
+            found.append(Recovery(more_at - began, both_at - began if both_at else None))
         work.end(name, driver)
     finally:
         driver.kill()
@@ -105,7 +112,8 @@ def main() -> None:
             found = measure(WORKS[job](Path(folder)))
         rows = {f"until the next {WORDS[job]} is done": [each.until_more_s for each in found]}
         if job != "finetune":
-            rows["until two processes work again"] = [each.until_both_s for each in found]
+            both = [each.until_both_s for each in found if each.until_both_s is not None]
+            rows["until two processes work again"] = both
         for what, seconds in rows.items():
             spread = f"{min(seconds):.1f} .. {max(seconds):.1f}"
             table.row(f"{job}, {what}, s", f"{median(seconds):.1f}", f"target < 60, {spread}")
