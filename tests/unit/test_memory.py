@@ -17,12 +17,14 @@ from graftstack.checkpoint import Checkpoint, CheckpointStore
 from graftstack.config.compose import compose_job
 from graftstack.config.schema import OptimizerName
 from graftstack.errors import ConfigError
+from graftstack.finetune import memory
 from graftstack.finetune.memory import (
     GIB,
     OPTIMIZER_SLOTS,
     PROCESS_BYTES,
     DataFacts,
     JobMemory,
+    PassShape,
     assumed_facts,
     assumed_image_size,
     step_of,
@@ -85,7 +87,8 @@ class TestCounting:
         # The most was there when the first layer's gradients were.
         assert place.peak_bytes < kept + parameters + 4 * 8 * (50 + 50)
 
-    def test_it_is_what_autograd_really_keeps(self):
+    @pytest.mark.parametrize("on_cpu", [False, True])
+    def test_it_is_what_autograd_really_keeps(self, on_cpu: bool):
         def network() -> nn.Module:
             return nn.Sequential(
                 nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
@@ -104,7 +107,7 @@ class TestCounting:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = F.cross_entropy(real(images), torch.zeros(4, dtype=torch.int64))
-        place = Weightless()
+        place = Weightless(on_cpu=on_cpu)
         with Unfilled():
             simulated = network()
         place.adopt(simulated)
@@ -113,6 +116,17 @@ class TestCounting:
             simulated_loss = F.cross_entropy(simulated(torch.empty(4, 3, 6, 6)), torch.empty(4, dtype=torch.int64))
         assert place.live_bytes - before == sum(kept.values()) + loss.nbytes
         assert simulated_loss.shape == loss.shape
+
+    @pytest.mark.parametrize("backbone", ["resnet18", "swin_t", "convnext_tiny", "mobilenet_v3_small", "densenet121"])
+    def test_a_step_holds_the_same_wherever_its_tensors_say_they_are(
+        self, backbone: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        shape = PassShape(backbone, False, 64, 10, 1, 8, is_bf16=False)
+        found = step_of(shape)
+        step_of.cache_clear()
+        monkeypatch.setattr(memory, "_place", lambda _: Weightless(on_cpu=True))
+        assert step_of(shape) == found
+        step_of.cache_clear()
 
     def test_frozen_parts_keep_nothing(self):
         place = Weightless()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftstack.backbones.backbone import resolve_depth
-from graftstack.backbones.catalog import default_image_size, is_timm
+from graftstack.backbones.catalog import default_image_size, family_of, is_timm
 from graftstack.backbones.preprocessing import Preprocessing, preprocessing_of
 from graftstack.backbones.published import is_published
 from graftstack.backbones.registry import build
@@ -51,6 +51,9 @@ DEVICE_FACTOR = 1.25
 
 OPTIMIZER_SLOTS = {OptimizerName.adamw: 2, OptimizerName.sgd: 1}
 """The tensors that an optimiser remembers for each parameter."""
+
+# Families of which models may leave attention to torch.
+_ATTENDING = ("vit", "timm")
 
 # Logits of the validation part that are there at once: those of the selected epoch, the newest, and their parts.
 _VAL_LOGIT_COPIES = 3
@@ -199,7 +202,7 @@ def step_of(shape: PassShape) -> PassBytes:
     Raises:
         ConfigError: the backbone can't take such images, or has no such freeze depth.
     """
-    place = Weightless()
+    place = _place(shape)
     model = _model(place, shape)
     depth = resolve_depth(shape.freeze_depth, model.backbone)
     model.backbone.freeze(depth)
@@ -216,7 +219,7 @@ def step_of(shape: PassShape) -> PassBytes:
 @cache
 def inference_of(shape: PassShape) -> PassBytes:
     """Returns what a batch of inference holds, however many images a batch of training has. Raises as `step_of`."""
-    place = Weightless()
+    place = _place(shape)
     model = _model(place, shape)
     depth = resolve_depth(shape.freeze_depth, model.backbone)
     model.eval()
@@ -245,7 +248,7 @@ class TapBytes(NamedTuple):
 def taps_of(backbone: str, *, keep_head: bool, image_size: int, num_classes: int) -> TapBytes:
     """Returns how large the taps of a backbone are. Raises as `step_of`."""
     shape = PassShape(backbone, keep_head, image_size, num_classes, 0, 1, is_bf16=False)
-    place = Weightless()
+    place = _place(shape)
     model = _model(place, shape)
     model.eval()
     items = []
@@ -256,6 +259,10 @@ def taps_of(backbone: str, *, keep_head: bool, image_size: int, num_classes: int
             items.append(values.nbytes)
     head_bytes = sum(parameter.nbytes for parameter in model.head.parameters())
     return TapBytes(tuple(items), model.head_boundary, head_bytes)
+
+
+def _place(shape: PassShape) -> Weightless:
+    return Weightless(on_cpu=shape.is_bf16 or family_of(shape.backbone) in _ATTENDING)
 
 
 def _model(place: Weightless, shape: PassShape) -> GraftedModel:

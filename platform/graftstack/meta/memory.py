@@ -144,7 +144,7 @@ def _bytes(
     config: MetaConfig, facts: DataFacts, size: int, run: Callable[[MetaModel, Params, Params], None]
 ) -> PassBytes:
     """Runs a part of a method on tensors without values."""
-    place = Weightless()
+    place = Weightless(on_cpu=True)
     with unfilled(config.backbone.name):
         backbone = build(config.backbone.name, image_size=size)
     place.adopt(backbone)
