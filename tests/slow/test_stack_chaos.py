@@ -29,11 +29,11 @@ TABLE = ("data=parquet", "data.path=table.parquet", "data.label=label")
 
 # About a second a fit, so that kills hit most of them amid their work.
 SIX = (
-    "base_models=[{GradientBoostingClassifier:{n_estimators:60}},"
-    "{GradientBoostingClassifier:{n_estimators:80,max_depth:2,subsample:0.8,name:shallow}},"
-    "{GradientBoostingClassifier:{n_estimators:70,max_features:7,name:narrow}},"
-    "{ExtraTreesClassifier:{n_estimators:400}},"
-    "{RandomForestClassifier:{n_estimators:150}},LogisticRegression]"
+    "base_models=[{GradientBoostingClassifier:{n_estimators:120}},"
+    "{GradientBoostingClassifier:{n_estimators:160,max_depth:2,subsample:0.8,name:shallow}},"
+    "{GradientBoostingClassifier:{n_estimators:140,max_features:7,name:narrow}},"
+    "{ExtraTreesClassifier:{n_estimators:800}},"
+    "{RandomForestClassifier:{n_estimators:300}},LogisticRegression]"
 )
 ABOVE = (
     "levels=[[{GradientBoostingClassifier:{n_estimators:60,name:above}},"
@@ -113,7 +113,7 @@ def kill_task(place: Place, driver: Driver, draw: random.Random) -> None:
         if busy:
             draw.choice(busy).kill()
             # The first that a new Ray does is no task: it loads what tasks need, and nobody misses it.
-            if place.nodes or is_true_soon(lambda: driver.num_redone > num_redone, timeout_s=10):
+            if place.nodes or is_true_soon(lambda: driver.num_redone > num_redone, timeout_s=3):
                 return
         time.sleep(0.01)
 

@@ -493,6 +493,36 @@ def test_a_job_whose_run_was_taken_over_leaves_the_manifest_to_the_new_owner(tmp
     assert tree(tmp_path) == trees[0]
 
 
+def break_off(tmp_path: Path, owner: dict[str, Any]) -> Path:
+    """A job that is interrupted while a worker of its writes, on a run that then has `owner`; returns what is left."""
+    checked = job(tmp_path)
+    unfinished = tmp_path / "a" / "checkpoints" / ".step-000000020.safetensors.0123.tmp"
+
+    def work() -> None:
+        with launching.tidied(checked), launching.open_run(checked):
+            unfinished.parent.mkdir()
+            unfinished.write_bytes(b"half of it")
+            content = stored(tmp_path)
+            content["process"] |= owner
+            (tmp_path / "a" / MANIFEST).write_text(json.dumps(content))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    return unfinished
+
+
+def test_what_a_worker_was_writing_when_its_job_was_interrupted_is_removed(tmp_path: Path) -> None:
+    unfinished = break_off(tmp_path, owner={})
+    assert not unfinished.exists()
+    assert unfinished.parent.exists()
+    assert stored(tmp_path)["status"] == "interrupted"
+
+
+def test_what_workers_of_another_owner_are_writing_is_left_alone(tmp_path: Path) -> None:
+    assert break_off(tmp_path, owner={"host": "elsewhere", "pid": 3, "resumption": 1}).exists()
+
+
 def test_a_job_that_another_process_finished_since_it_was_checked_isnt_done_again(tmp_path: Path) -> None:
     early = job(tmp_path)
     with launching.open_run(job(tmp_path)) as run:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from graftstack.cluster.launching import check, heartbeat, needs_group, open_run
+from graftstack.cluster.launching import check, heartbeat, needs_group, open_run, tidied
 from graftstack.config.schema import ClusterKind, FinetuneConfig
 from graftstack.runs import Run, read_progress
 
@@ -44,7 +44,7 @@ def launch(
 
     from graftstack.finetune.task import prepare
 
-    with _session(checked.config, display, verbose=verbose) as num_cpus:
+    with tidied(checked), _session(checked.config, display, verbose=verbose) as num_cpus:
         task = prepare(checked.config, progress=display.reading)
         with open_run(checked) as run:
             outcome = _train(run, task, display, num_cpus, verbose=verbose)

@@ -49,6 +49,9 @@ _BEAT_EVERY_S = 10.0
 _LOOK_EVERY_S = 2.0
 _LOOK_FOR_S = 90.0
 
+# How long Ray may take to end the processes of a driver that has left.
+_WORKERS_END_S = 2.0
+
 # What the key of a dictionary may consist of in an override, and what is escaped there.
 _IN_KEY = re.compile(r"[\w/+.%*@?|\\()\[\]{}:=, \t-]+", flags=re.ASCII)
 _ESCAPED_IN_KEY = re.compile(r"[\\()\[\]{}:=, \t]")
@@ -200,6 +203,30 @@ def open_run(checked: Checked[Config]) -> Iterator[Run]:
     except BaseException as error:
         _say_how_it_ended(run, status="failed", error=str(error) or type(error).__name__)
         raise
+
+
+@contextmanager
+def tidied(checked: Checked[Config]) -> Iterator[None]:
+    """Removes what workers were writing to the run when the block failed or was interrupted.
+
+    To be entered before their cluster is connected to: they end with the connection, a moment later.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(GraftstackError, OSError):  # the error itself is what the user is to see
+            _tidy(checked.config)
+        raise
+
+
+def _tidy(config: JobConfig) -> None:
+    folder = Folder(config.runs_dir) / str(config.name)
+    if not Run.open(folder).is_ours:  # it never began, or somebody took it over
+        return
+    if config.cluster.kind is ClusterKind.ray:
+        time.sleep(_WORKERS_END_S)
+    if Run.open(folder).is_ours:
+        folder.sweep()
 
 
 def _say_how_it_ended(run: Run, *, status: Status, error: str) -> None:

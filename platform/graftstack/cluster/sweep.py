@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from graftstack.cluster.finetune import Display
-from graftstack.cluster.launching import Checked, check, heartbeat, open_run
+from graftstack.cluster.launching import Checked, check, heartbeat, open_run, tidied
 from graftstack.cluster.workplace import Workplace, at_its_place, workplace
 from graftstack.config.schema import ClusterKind
 from graftstack.config.space import Choice, parse_space, trial_config
@@ -75,7 +75,7 @@ def launch_sweep(config: SweepConfig, *, overrides: Sequence[str], display: Swee
     if checked.is_done:
         assert checked.existing is not None
         return checked.existing
-    with _cluster(checked.config, display, verbose=verbose):
+    with tidied(checked), _cluster(checked.config, display, verbose=verbose):
         sweep = _Sweep(checked, display, verbose=verbose)
         plan = sweep.plan()
         with open_run(checked) as run:
