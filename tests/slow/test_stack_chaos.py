@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TABLE = ("data=parquet", "data.path=table.parquet", "data.label=label")
 
-# About a second a fit, so that kills hit most of them amid their work.
+# Half a second to two a fit, so that kills hit most of them amid their work.
 SIX = (
     "base_models=[{GradientBoostingClassifier:{n_estimators:120}},"
     "{GradientBoostingClassifier:{n_estimators:160,max_depth:2,subsample:0.8,name:shallow}},"

@@ -50,6 +50,12 @@ def address_of(head: socket.socket) -> str:
     return f"127.0.0.1:{head.getsockname()[1]}"
 
 
+def hears_nothing(_: str, *, within_s: float) -> bool:
+    """As where packets get lost: it takes its time."""
+    time.sleep(min(within_s, 0.8))
+    return False
+
+
 def test_a_block_whose_head_is_there_is_left_alone(head: socket.socket) -> None:
     with minding_head(CLUSTER, address_of(head)):
         time.sleep(1)
@@ -62,6 +68,30 @@ def test_a_head_that_comes_back_in_time_ends_nothing(head: socket.socket) -> Non
         time.sleep(0.2)
         with socket.create_server(place):
             time.sleep(1)
+        time.sleep(0.2)  # silent again, for less than it may be
+
+
+def test_who_is_through_is_left_alone_amid_a_look(head: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_head, "listens", hears_nothing)
+    with minding_head(CLUSTER, address_of(head)):
+        time.sleep(0.2)  # the first look is under way, and is to find that the head has been silent for long
+    time.sleep(1)
+
+
+def test_an_error_amid_a_look_is_the_only_one(head: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_head, "listens", hears_nothing)
+    with pytest.raises(TrainingError, match="the cluster is gone"):
+        lose(head, OSError("lost a pipe"))
+    time.sleep(1)
+
+
+@pytest.mark.parametrize(("tries", "silence_s"), [("60", 40.0), ("10", 5.0), ("soon", 40.0)])
+def test_a_head_may_be_silent_for_less_than_ray_tries(
+    tries: str, silence_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_head, "_EARLIER_S", 20.0)
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", tries)
+    assert lost_head._silence_s() == silence_s
 
 
 def lose(head: socket.socket, error: BaseException | None = None) -> None:

@@ -121,12 +121,18 @@ class TestCounting:
     def test_a_step_holds_the_same_wherever_its_tensors_say_they_are(
         self, backbone: str, monkeypatch: pytest.MonkeyPatch
     ):
+        step = step_of.__wrapped__
         shape = PassShape(backbone, False, 64, 10, 1, 8, is_bf16=False)
-        found = step_of(shape)
-        step_of.cache_clear()
+        found = step(shape)
         monkeypatch.setattr(memory, "_place", lambda _: Weightless(on_cpu=True))
-        assert step_of(shape) == found
-        step_of.cache_clear()
+        assert step(shape) == found
+
+    def test_attention_keeps_no_matrix_of_scores(self, monkeypatch: pytest.MonkeyPatch):
+        step = step_of.__wrapped__
+        shape = PassShape("vit_b_32", False, 224, 10, 11, 8, is_bf16=False)
+        found = step(shape)
+        monkeypatch.setattr(memory, "_place", lambda _: Weightless())
+        assert found.peak_bytes < step(shape).peak_bytes
 
     def test_frozen_parts_keep_nothing(self):
         place = Weightless()

@@ -9,7 +9,7 @@ from typing import Any
 
 from graftstack.cluster.autoscaler import num_ahead
 from graftstack.cluster.references import done, is_out_of_memory
-from graftstack.cluster.session import quiet_ray, ray_session
+from graftstack.cluster.session import is_connected, quiet_ray, ray_session
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import TrainingError
 from graftstack.executors import WarmingExecutor, inline, warm
@@ -207,20 +207,15 @@ class _Nodes:
 def connect(num_slots: int | None = None, *, cluster: ClusterConfig | None = None, verbose: bool = False) -> Executor:
     """Returns an executor on the connected Ray; where there is none, one that connects, and disconnects when closed.
 
-    A Ray on this machine, which is the default, is started once it is worth that; calls run in this process until
-    then, and to their end where there is but one slot. Who has a cluster elsewhere is connected at once.
-
-    Raises:
-        ConfigError: no cluster answers at `cluster.address`.
+    A Ray on this machine is started once it is worth that; calls run in this process until then, and to their end where
+    there is but one slot. A cluster elsewhere is for the caller to connect to (`ray_session`).
     """
     cluster = cluster or ClusterConfig()
     num_slots = cluster.cpus_of(num_slots or sys.maxsize)
     if cluster.kind is ClusterKind.inline:
         return inline()
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if is_connected():
         return RayExecutor(num_slots, verbose=verbose)
-    if cluster.kind is ClusterKind.ray:
-        return _connected(num_slots, cluster, verbose=verbose)
     if min(num_slots, usable_cpus()) < 2:
         return inline()
     return WarmingExecutor(partial(_warm, num_slots, cluster, verbose=verbose), start_s=_START_S)

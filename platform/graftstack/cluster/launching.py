@@ -214,7 +214,8 @@ def tidied(checked: Checked[Config]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(GraftstackError, OSError):  # the error itself is what the user is to see
+        # The error itself is what the user is to see, and another Ctrl-C only cuts this short.
+        with suppress(GraftstackError, OSError, KeyboardInterrupt):
             _tidy(checked.config)
         raise
 
@@ -223,10 +224,12 @@ def _tidy(config: JobConfig) -> None:
     folder = Folder(config.runs_dir) / str(config.name)
     if not Run.open(folder).is_ours:  # it never began, or somebody took it over
         return
-    if config.cluster.kind is ClusterKind.ray:
+    has_workers = config.cluster.kind is ClusterKind.ray or config.cluster.max_workers > 1
+    if has_workers:
         time.sleep(_WORKERS_END_S)
     if Run.open(folder).is_ours:
-        folder.sweep()
+        # Young files may be those of a process that is about to take the run over.
+        folder.sweep(older_than_s=_WORKERS_END_S / 2 if has_workers else 0.0)
 
 
 def _say_how_it_ended(run: Run, *, status: Status, error: str) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,7 +35,7 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
 
     Raises:
         ConfigError: no cluster answers at `cluster.address`.
-        TrainingError: the cluster lost its head amid the block.
+        TrainingError: the cluster lost its head amid the block; not where a connection was joined.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -73,6 +74,11 @@ def ray_session(cluster: ClusterConfig, *, verbose: bool) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def is_connected() -> bool:
+    """Returns whether this process is connected to Ray; loads nothing for that."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 @contextmanager

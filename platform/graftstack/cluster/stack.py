@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from graftstack.cluster.admission import admit
 from graftstack.cluster.executor import connect
 from graftstack.cluster.finetune import Display
-from graftstack.cluster.launching import beating, check, open_run
-from graftstack.cluster.session import ray_session
+from graftstack.cluster.launching import beating, check, open_run, tidied
+from graftstack.cluster.session import is_connected, ray_session
 from graftstack.cluster.trained import trained_bases, trained_runs
 from graftstack.config.schema import ClusterKind
 from graftstack.config.stack import StackConfig
@@ -57,7 +57,7 @@ def launch_stack(config: StackConfig, *, overrides: Sequence[str], display: Stac
 
     from graftstack.stacking.job import run_stack
 
-    with _executor(checked.config, display, verbose=verbose) as executor, open_run(checked) as run:
+    with tidied(checked), _executor(checked.config, display, verbose=verbose) as executor, open_run(checked) as run:
         with beating(run):
             outcome = run_stack(
                 task,
@@ -132,10 +132,12 @@ def _time_left(config: StackConfig, began: float) -> float | None:
 @contextmanager
 def _executor(config: StackConfig, display: StackDisplay, *, verbose: bool) -> Iterator[Executor]:
     """Opens what runs the tasks, for the block, once there is room for one."""
+    is_elsewhere, is_joined = config.cluster.kind is ClusterKind.ray, is_connected()
     with ExitStack() as stack:
-        if config.cluster.kind is ClusterKind.ray:
+        if is_elsewhere:
             stack.enter_context(ray_session(config.cluster, verbose=verbose))
             admit(config.cluster, num_cpus=config.cluster.cpus_per_worker or 1, say=display.say)
         executor = connect(config.max_slots, cluster=config.cluster, verbose=verbose)
-        stack.callback(executor.close)
+        if not is_elsewhere or is_joined:  # else all that runs ends with the session
+            stack.callback(executor.close)
         yield executor
