@@ -415,16 +415,8 @@ def test_where_there_never_is_room_for_a_worker_waiting_ends(start: Callable[...
     assert crew.num_workers == 0
 
 
-@pytest.fixture
-def _interruptible() -> Iterator[None]:
-    """Lets SIGINT interrupt: a shell may have started this process with it ignored, in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.ray
-@pytest.mark.usefixtures("_interruptible")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_crew_leaves_nothing_running(start: Callable[..., RayCrew]) -> None:
     before = num_actors()
     crew = start()

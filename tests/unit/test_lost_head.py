@@ -13,6 +13,8 @@ from graftstack.cluster.lost_head import minding_head
 from graftstack.config.schema import ClusterConfig, ClusterKind
 from graftstack.errors import EXIT_FAILED, TrainingError
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 CLUSTER = ClusterConfig(kind=ClusterKind.ray, address="head:6379")
 
 # A main thread that is deaf to interrupts stands for one that waits inside Ray.

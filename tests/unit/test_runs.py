@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -425,14 +424,6 @@ def test_a_process_whose_run_was_taken_over_writes_no_more(runs_dir: str) -> Non
     with pytest.raises(TrainingError, match=TAKEN):
         asleep.beat()
     assert find_run("a", runs_dir).manifest.status == "done"
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lets Ctrl-C interrupt: a shell that runs the tests in the background makes them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
