@@ -341,7 +341,7 @@ def assert_same_training(run: Path, expected: Path) -> None:
 def sweep(folder: Path) -> Work:
     """Trials in 17 units, the last of eight heads, that train side by side and read taps that all nodes share."""
     settings = (
-        *("data=digits", "data.image_size=16", "backbone=conv4", "epochs=4", "batch_size=32"),
+        *("data=digits", "data.image_size=16", "backbone=conv4", "epochs=12", "batch_size=32"),
         "cluster.cpus_per_worker=1",  # as many threads everywhere: then sums are the same to the last bit
         *("space.freeze_depth=[0,2,all]", "space.lr=[1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,8e-3,1e-2]"),
     )

@@ -92,7 +92,7 @@ def test_ten_kills_at_random_moments_change_nothing(job: str, work_of: Callable[
     driver = work.begin(name, *nodes.overrides, *work.on_nodes)
     scene = Scene(work, nodes, name, driver, draw)
     # Much is done while a node comes back.
-    moments = sorted(draw.choices(range(1, work.total // 2), k=len(KILLS)))
+    moments = sorted(draw.choices(range(1, work.total // 3), k=len(KILLS)))
     seen = []
     for victim, moment in zip(KILLS, moments, strict=True):
         scene.wait_until(lambda moment=moment: work.progress(name) >= moment)  # type: ignore[misc]
