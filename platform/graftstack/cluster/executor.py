@@ -221,14 +221,11 @@ def connect(num_slots: int | None = None, *, cluster: ClusterConfig | None = Non
     return WarmingExecutor(partial(_warm, num_slots, cluster, verbose=verbose), start_s=_START_S)
 
 
-def _connected(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> RayExecutor:
+def _warm(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> Executor:
     with ExitStack() as stack:
         stack.enter_context(ray_session(cluster, verbose=verbose))
-        return RayExecutor(num_slots, verbose=verbose, end_session=stack.pop_all().close)
-
-
-def _warm(num_slots: int | None, cluster: ClusterConfig, *, verbose: bool) -> Executor:
-    return warm(_connected(num_slots, cluster, verbose=verbose))
+        executor = RayExecutor(num_slots, verbose=verbose, end_session=stack.pop_all().close)
+    return warm(executor)
 
 
 @cache

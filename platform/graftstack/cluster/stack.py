@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from graftstack.cluster.admission import admit
 from graftstack.cluster.executor import connect
 from graftstack.cluster.finetune import Display
 from graftstack.cluster.launching import beating, check, open_run, tidied
-from graftstack.cluster.session import is_connected, ray_session
+from graftstack.cluster.session import ray_session
 from graftstack.cluster.trained import trained_bases, trained_runs
 from graftstack.config.schema import ClusterKind
 from graftstack.config.stack import StackConfig
@@ -132,12 +132,12 @@ def _time_left(config: StackConfig, began: float) -> float | None:
 @contextmanager
 def _executor(config: StackConfig, display: StackDisplay, *, verbose: bool) -> Iterator[Executor]:
     """Opens what runs the tasks, for the block, once there is room for one."""
-    is_elsewhere, is_joined = config.cluster.kind is ClusterKind.ray, is_connected()
-    with ExitStack() as stack:
+    is_elsewhere = config.cluster.kind is ClusterKind.ray
+    session = ray_session(config.cluster, verbose=verbose) if is_elsewhere else nullcontext()
+    with ExitStack() as afterwards, session:
         if is_elsewhere:
-            stack.enter_context(ray_session(config.cluster, verbose=verbose))
             admit(config.cluster, num_cpus=config.cluster.cpus_per_worker or 1, say=display.say)
         executor = connect(config.max_slots, cluster=config.cluster, verbose=verbose)
-        if not is_elsewhere or is_joined:  # else all that runs ends with the session
-            stack.callback(executor.close)
+        # What runs in a session of our own has ended with it by then.
+        afterwards.callback(executor.close)
         yield executor

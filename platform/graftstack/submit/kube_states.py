@@ -10,7 +10,6 @@ from graftstack.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_INTER
 
 Manifest = dict[str, Any]
 
-
 # The image isn't there, and the node has tried more than once or needs no trying.
 _NO_IMAGE = {"ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _NOT_YET = {"ErrImagePull", "CreateContainerConfigError", "CreateContainerError", "CrashLoopBackOff"}
